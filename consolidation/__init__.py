@@ -1,0 +1,1 @@
+"""Sleep: what the model does with what it kept while no tokens come in."""

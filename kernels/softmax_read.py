@@ -1,0 +1,70 @@
+"""One softmax over everything that a query may see: sink, window and store.
+
+Window keys are rotated by their place in the window, stored keys by their rank, so a query needs
+two rotated forms. Both fit one matrix product: with r = the R rotary dimensions and c = the others,
+
+    query       [ turn(r)  |    r     | c ]
+    window key  [ turn(r)  |    0     | c ]
+    stored key  [    0     |  turn(r) | c ]
+
+which costs R extra columns and saves a second product and the merge of two softmaxes.
+
+Shapes: B lanes, H heads, C queries of a chunk, L visible places (place 0 is the sink), K head
+width, R rotary dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wakesleep.kernels.rotary import rotate
+
+
+def widen_query(q: Tensor, turn: Tensor) -> Tensor:
+    """q [..., K] at the positions of turn [..., 2, R // 2]: [..., R + K]."""
+    r = q[..., : 2 * turn.shape[-1]]
+    return torch.cat([rotate(r, turn), q], -1)
+
+
+def widen_window_key(k: Tensor, turn: Tensor) -> Tensor:
+    """k [..., K] at the positions of turn: [..., R + K]."""
+    r, c = k.split([2 * turn.shape[-1], k.shape[-1] - 2 * turn.shape[-1]], -1)
+    return torch.cat([rotate(r, turn), torch.zeros_like(r), c], -1)
+
+
+def widen_stored_key(k: Tensor, turn: Tensor) -> Tensor:
+    """k [..., K] read from the distances of turn (a key behind the query turns backwards)."""
+    r, c = k.split([2 * turn.shape[-1], k.shape[-1] - 2 * turn.shape[-1]], -1)
+    return torch.cat([torch.zeros_like(r), rotate(r, turn, backwards=True), c], -1)
+
+
+def softmax_read(
+    q: Tensor, k: Tensor, v: list[Tensor], sink: Tensor, causal_at: int, dead: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Read values v by queries q, softmax over the L places.
+
+    Args:
+        q: [B, H, C, R + K], already scaled.
+        k: [B, H, L, R + K]; place 0 belongs to the sink, its key is ignored.
+        v: the values in pieces [B, H, L_i, K] that follow each other; the sink's value is zero.
+        sink: [H] logit of the sink.
+        causal_at: first place of the queries' own chunk; query i sees the chunk up to place i.
+        dead: [B, 1 or H, L] bool, places that hold nothing; None if all do.
+
+    Returns:
+        values [B, H, C, K] and probabilities [B, H, C, L].
+    """
+    B, H, C, _ = q.shape
+    logits = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(B, H, C, -1)
+    later = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
+    logits[..., causal_at : causal_at + C].masked_fill_(later, -torch.inf)
+    if dead is not None:
+        logits = logits.masked_fill(dead[:, :, None], -torch.inf)
+    logits[..., 0] = sink[:, None].to(logits.dtype)
+    p = torch.softmax(logits, -1)
+    pieces = p.flatten(0, 1).split([piece.shape[2] for piece in v], -1)
+    out = torch.bmm(pieces[0], v[0].flatten(0, 1))
+    for share, piece in zip(pieces[1:], v[1:], strict=True):
+        out = torch.baddbmm(out, share, piece.flatten(0, 1))
+    return out.view(B, H, C, -1), p

@@ -1,0 +1,136 @@
+"""Pairs of other documents in the store: what training has instead of ten million tokens.
+
+A store read at full size must be trained at full size, among pairs that scored as high as its own.
+A bounded ring keeps the loudest pairs of the last steps. Between two segments some of them enter
+the stores of the lanes, as if a long stretch of other text had passed while the window stood still.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wakesleep.streams.teacher import stores
+from wakesleep.ttl.state import SPAN, StoreState, StreamState
+
+REFRESH = 16  # steps that fill the ring once
+
+
+class Ring(NamedTuple):
+    """The pool of one store: P places per head, detached."""
+
+    k: Tensor  # [H, P, K]
+    v: Tensor  # [H, P, K]
+    score: Tensor  # [H, P] float32
+    span: Tensor  # [H, P, SPAN] int32
+
+
+class Pool(NamedTuple):
+    rings: tuple[Ring, ...]  # one per store of the model
+    written: int  # pairs per head that ever entered; modulo P, the next place to overwrite
+
+    @property
+    def size(self) -> int:
+        """Pairs per head that wait."""
+        return min(self.written, self.rings[0].score.shape[1]) if self.rings else 0
+
+
+def empty_pool(state: StreamState, places: int) -> Pool:
+    """A pool for the stores of `state` with nothing in it."""
+    rings = []
+    for store in stores(state):
+        H, K = store.k.shape[1], store.k.shape[-1]
+        pair = store.k.new_zeros(H, places, K)
+        span = store.span.new_full((H, places, SPAN), -1)
+        rings.append(Ring(pair, pair.clone(), store.score.new_zeros(H, places), span))
+    return Pool(tuple(rings), 0)
+
+
+def collect(pool: Pool, state: StreamState, foreign: list[tuple[int, int]]) -> Pool:
+    """Add the loudest pairs of the lanes' own documents.
+
+    foreign: intervals of positions whose pairs are distractors themselves.
+    """
+    if not pool.rings:
+        return pool
+    places = pool.rings[0].score.shape[1]
+    loudest = [_loudest(store, foreign, max(1, places // REFRESH)) for store in stores(state)]
+    count = min(ring.score.shape[1] for ring in loudest)
+    target = (torch.arange(count) + pool.written) % places
+    target = target.to(pool.rings[0].score.device)
+    rings = []
+    for old, new in zip(pool.rings, loudest, strict=True):
+        parts = zip(old, new, strict=True)
+        rings.append(Ring(*(a.index_copy(1, target, b[:, :count].to(a.dtype)) for a, b in parts)))
+    return Pool(tuple(rings), pool.written + count)
+
+
+def inject(state: StreamState, pool: Pool, order: Tensor, jump: int, window: int) -> StreamState:
+    """Let `jump` tokens of other text pass: their pairs compete for the store by their scores.
+
+    Position and window move on together, so the new pairs are younger than all that left the
+    window before and older than what is in it.
+
+    Args:
+        order: [B, n] int64, which pairs of the pool a lane gets, oldest first; -1 = none here.
+        jump: a multiple of every boundary of the model, at least n.
+        window: tokens W that the window shows before the open chunk.
+    """
+    if order.shape[1] > jump:
+        raise ValueError(f"jump must be at least {order.shape[1]}, the number of pairs, got {jump}")
+    first = (state.position - window).clamp(min=0)
+    rings = iter(pool.rings)
+    blocks = []
+    for block in state.blocks:
+        if block.store is not None:
+            block = block._replace(store=_compete(block.store, next(rings), order, first))
+        blocks.append(block)
+    return state._replace(blocks=tuple(blocks), position=state.position + jump)
+
+
+def own(position: Tensor, foreign: list[tuple[int, int]]) -> Tensor:
+    """Which stored positions [B, H, S] hold a pair that is no distractor: bool, same shape."""
+    mask = position >= 0
+    for start, stop in foreign:
+        mask = mask & ((position < start) | (position >= stop))
+    return mask
+
+
+def _loudest(store: StoreState, foreign: list[tuple[int, int]], count: int) -> Ring:
+    """The `count` highest scores of every head over all lanes; fewer if there are not as many."""
+    mine = own(store.position, foreign)
+    score = torch.where(mine, store.score.detach(), -torch.inf)
+    score = score.transpose(0, 1).flatten(1)  # [H, B S]
+    top = score.topk(min(count, int(mine.sum((0, 2)).min())), dim=1)
+
+    def rows(x: Tensor) -> Tensor:
+        flat = x.detach().transpose(0, 1).flatten(1, 2)
+        return flat.gather(1, top.indices[..., None].expand(-1, -1, flat.shape[-1]))
+
+    return Ring(rows(store.k), rows(store.v), top.values, rows(store.span))
+
+
+def _compete(store: StoreState, ring: Ring, order: Tensor, first: Tensor) -> StoreState:
+    """The best of the stored pairs and the ring's pairs `order` [B, n], positions from first [B]."""
+    places = store.score.shape[2]
+    given = (order >= 0)[:, None, :]  # [B, 1, n]
+    index = order.clamp(min=0)
+
+    def rows(x: Tensor) -> Tensor:
+        return x[:, index].transpose(0, 1)  # [H, B, n, ...] to [B, H, n, ...]
+
+    score = torch.where(given, rows(ring.score), -torch.inf)
+    position = first[:, None] + torch.arange(order.shape[1], device=order.device)
+    position = torch.where(given, position[:, None], -1).expand_as(score)
+    new = (rows(ring.k), rows(ring.v), score, torch.zeros_like(score), position, rows(ring.span))
+    both = [torch.cat([a, b.to(a.dtype)], 2) for a, b in zip(store[:6], new, strict=True)]
+    best = both[2].detach().topk(places, dim=2).indices
+
+    def pick(x: Tensor) -> Tensor:
+        return x.gather(
+            2, best.view(*best.shape, *[1] * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:])
+        )
+
+    return StoreState(*(pick(x) for x in both), moments=store.moments)

@@ -1,0 +1,154 @@
+"""Endless training sequences: recall in ordinary text, dense facts, changes, stories, language.
+
+Every sequence is a function of (seed, step, lane), so a run resumes from the number of its step.
+B lanes, T tokens each, N answers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from wakesleep.streams.facts import FactMaker
+from wakesleep.streams.sequences import (
+    ANSWER_KINDS,
+    Page,
+    RecallConfig,
+    Sequence,
+    write_dense,
+    write_recall,
+)
+from wakesleep.streams.stories import write_story
+from wakesleep.streams.tokenizer import Tokenizer
+
+SORTS = ("dense", "recall", "changes", "stories", "language")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """Which sequences a run reads, in stages.
+
+    Each share is one number for the whole run, or one for each stage; the shares of a stage are
+    taken relative to their sum.
+    """
+
+    corpus: str = ""  # .npy of scripts/build_corpus.py: noise and language
+    validation_corpus: str = ""
+    tokenizer: str | None = None  # tokenizer.json; none: the one that is shipped
+    stage_tokens: tuple[float, ...] = ()  # tokens read when stage 2, 3, ... begins
+    dense: tuple[float, ...] = (0.1,)  # many facts close together, no text between
+    recall: tuple[float, ...] = (0.45,)  # facts in text
+    changes: tuple[float, ...] = (0.15,)  # facts in text, half of which change; the latest counts
+    stories: tuple[float, ...] = (0.15,)  # who went where, in text
+    language: tuple[float, ...] = (0.15,)  # text alone
+    facts: RecallConfig = field(default_factory=RecallConfig)
+
+    def __post_init__(self) -> None:
+        if list(self.stage_tokens) != sorted(self.stage_tokens):
+            raise ValueError(f"stage_tokens must increase, not {self.stage_tokens}")
+        stages = len(self.stage_tokens) + 1
+        for name in SORTS:
+            shares = getattr(self, name)
+            if len(shares) not in (1, stages) or min(shares) < 0:
+                raise ValueError(
+                    f"{name} must be one share or one for each of the {stages} stages, "
+                    f"0 or more, not {shares}"
+                )
+        for stage in range(stages):
+            if not sum(self.shares(stage)) > 0:
+                raise ValueError(f"a share must be above 0 in every stage; stage {stage + 1}: none")
+
+    def shares(self, stage: int) -> list[float]:
+        """Shares of `SORTS` in a stage, counted from 0."""
+        rows = [getattr(self, name) for name in SORTS]
+        return [row[stage] if len(row) > 1 else row[0] for row in rows]
+
+
+class Mixture:
+    """Batches of a run; number of the batch, seed and config decide everything.
+
+    For validation the words, names, numbers and dates and the text are others.
+
+    Raises:
+        ValueError: no corpus, one of another tokenizer, or one shorter than a sequence.
+    """
+
+    kinds = ANSWER_KINDS
+
+    def __init__(
+        self, config: MixtureConfig, sequence_len: int, seed: int, *, validation: bool = False
+    ) -> None:
+        self.config, self.sequence_len, self.seed = config, sequence_len, seed
+        self.split = "validation" if validation else "train"
+        self.tokenizer = _load_tokenizer(config.tokenizer)
+        name = "validation_corpus" if validation else "corpus"
+        self.corpus = _open_corpus(getattr(config, name), name, self.tokenizer)
+        if len(self.corpus) <= sequence_len:
+            raise ValueError(
+                f"sequence_len must be below the {len(self.corpus):,} tokens of {name}, "
+                f"not {sequence_len:,}"
+            )
+
+    def batch(self, step: int, lanes: int) -> dict[str, np.ndarray]:
+        """One sequence per lane.
+
+        Returns:
+            tokens [B, T] int64; weight [B, T] float32 of predicting each token from those before
+            it; fact [B, T] bool, the values that still count inside their statements; and of each
+            answer int64 [N]: answer_lane, answer_start, answer_stop (the columns of its tokens),
+            answer_age (tokens since the value was said; -1: nothing was) and answer_kind (index
+            into `kinds`).
+        """
+        stage = bisect_right(self.config.stage_tokens, step * lanes * self.sequence_len)
+        rows = [self.sequence(step, lane, stage) for lane in range(lanes)]
+        answers = [(lane, *answer) for lane, row in enumerate(rows) for answer in row.answers]
+        columns = np.array(answers, np.int64).reshape(-1, 5).T
+        names = ("answer_lane", "answer_start", "answer_stop", "answer_age", "answer_kind")
+        return {
+            "tokens": np.stack([row.tokens for row in rows]),
+            "weight": np.stack([row.weight for row in rows]),
+            "fact": np.stack([row.fact for row in rows]),
+            **dict(zip(names, columns, strict=True)),
+        }
+
+    def sequence(self, step: int, lane: int, stage: int) -> Sequence:
+        """The sequence of one lane in a stage (counted from 0)."""
+        draw = random.Random(f"{self.split} {self.seed} {step} {lane}")
+        facts = self.config.facts
+        (sort,) = draw.choices(SORTS, self.config.shares(stage))
+        page = Page(self.tokenizer, draw, self.sequence_len, facts)
+        maker = FactMaker(self.split, draw, similar=facts.similar, shared=facts.shared)
+        match sort:
+            case "dense":
+                write_dense(page, maker)
+            case "recall":
+                write_recall(page, maker, changed_share=0.0)
+            case "changes":
+                write_recall(page, maker, facts.changed_share)
+            case "stories":
+                write_story(page, maker.words)
+        start = draw.randrange(len(self.corpus) - self.sequence_len)
+        return page.finish(self.corpus[start : start + self.sequence_len])
+
+
+def _load_tokenizer(path: str | None) -> Tokenizer:
+    if path is not None:
+        return Tokenizer.load(path)
+    shipped = resources.files("wakesleep.streams") / "data" / "default" / "tokenizer.json"
+    return Tokenizer(shipped.read_bytes())
+
+
+def _open_corpus(path: str, name: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Map the ids of scripts/build_corpus.py, after a look at whose they are."""
+    if not path:
+        raise ValueError(f"{name} must name a .npy of scripts/build_corpus.py; it is empty")
+    index = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
+    if index["tokenizer_sha256"] != tokenizer.sha256:
+        raise ValueError(f"{name}={path} is of another tokenizer; build it again with this one")
+    return np.load(path, mmap_mode="r", allow_pickle=False)

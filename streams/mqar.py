@@ -1,0 +1,82 @@
+"""Multi-query associative recall: pairs first, then questions for them in random order.
+
+    k1 v1 k2 v2 ... kP vP . . kj vj . ki vi . . .
+
+The first 2 P tokens are pairs of distinct keys with random values. Behind them the keys come back
+once each, at random places among filler tokens, and the token after a key must be its value. The
+lower half of the vocabulary holds keys, the upper half values; id 0 is the filler.
+Source: Zoology (arXiv 2312.04927, section 4), with uniform instead of power-law gaps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class MQARConfig:
+    pairs: int = 64  # P
+    queries: int = 64  # of the pairs, asked once each
+    vocab_size: int = 1024  # filler, keys and values together
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.queries <= self.pairs:
+            raise ValueError(f"queries must be between 1 and pairs={self.pairs}: {self.queries}")
+        if self.vocab_size < 2 * self.pairs + 2:
+            raise ValueError(
+                f"vocab_size must be at least 2 * pairs + 2 = {2 * self.pairs + 2}, "
+                f"got {self.vocab_size}"
+            )
+
+
+class MQAR:
+    """Batches of the task; batch number and seed decide everything."""
+
+    kinds = ("mqar",)
+
+    def __init__(self, config: MQARConfig, sequence_len: int, seed: int) -> None:
+        need = 2 * (config.pairs + config.queries)
+        if sequence_len < need:
+            raise ValueError(
+                f"sequence_len must be at least 2 * (pairs + queries) = {need}, got {sequence_len}"
+            )
+        self.config, self.sequence_len, self.seed = config, sequence_len, seed
+
+    def batch(self, step: int, lanes: int) -> dict[str, np.ndarray]:
+        """One sequence per lane.
+
+        Returns:
+            tokens [B, T] int64; weight [B, T] float32, 1 where the token is an answer; and of each
+            of the N answers int64 [N]: answer_lane, answer_start, answer_stop (the columns of its
+            tokens), answer_age (tokens since the pair) and answer_kind.
+        """
+        rng = np.random.default_rng((self.seed, step))
+        P, Q, T = self.config.pairs, self.config.queries, self.sequence_len
+        half = self.config.vocab_size // 2
+        keys = 1 + rng.random((lanes, half - 1)).argpartition(P, axis=1)[:, :P]
+        keys = rng.permuted(keys, axis=1)
+        values = rng.integers(half, self.config.vocab_size, (lanes, P))
+        asked = rng.random((lanes, P)).argsort(axis=1)[:, :Q]
+        # Q slots of two tokens out of what is left, in order: gaps of any length between them
+        spare = T - 2 * P - Q
+        slots = np.sort(rng.random((lanes, spare)).argsort(axis=1)[:, :Q], axis=1)
+        column = 2 * P + slots + np.arange(Q)
+        lane = np.arange(lanes)[:, None]
+        tokens = np.zeros((lanes, T), np.int64)
+        tokens[:, 0 : 2 * P : 2], tokens[:, 1 : 2 * P : 2] = keys, values
+        tokens[lane, column] = keys[lane, asked]
+        tokens[lane, column + 1] = values[lane, asked]
+        weight = np.zeros((lanes, T), np.float32)
+        weight[lane, column + 1] = 1.0
+        start = (column + 1).ravel()
+        return {
+            "tokens": tokens,
+            "weight": weight,
+            "answer_lane": np.repeat(np.arange(lanes), Q),
+            "answer_start": start,
+            "answer_stop": start + 1,
+            "answer_age": (column - 2 * asked).ravel(),
+            "answer_kind": np.zeros(lanes * Q, np.int64),
+        }

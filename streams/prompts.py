@@ -1,0 +1,46 @@
+"""The one template of questions and answers, for training, evaluation and `ask`.
+
+    <|question|> What is the pass code of the amber gate?<|answer|> 4821<|stop|>
+
+A question about something that was never said is answered <|unknown|><|stop|>. Questions, answers
+and planted statements begin with a space, as words inside a text do, so that a name has the same
+tokens in all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from wakesleep.streams.tokenizer import SPECIAL_TOKENS
+
+if TYPE_CHECKING:
+    from wakesleep.streams.tokenizer import Tokenizer
+
+QUESTION, ANSWER, STOP, UNKNOWN = (
+    SPECIAL_TOKENS.index(f"<|{name}|>") for name in ("question", "answer", "stop", "unknown")
+)
+
+
+def encode_question(tokenizer: Tokenizer, question: str) -> list[int]:
+    """Ids of a question, up to where the answer begins."""
+    return [QUESTION, *tokenizer.encode(f" {question}"), ANSWER]
+
+
+def encode_answer(tokenizer: Tokenizer, answer: str | None) -> list[int]:
+    """Ids of an answer, the final stop included; None is the answer to nothing planted."""
+    return [*([UNKNOWN] if answer is None else tokenizer.encode(f" {answer}")), STOP]
+
+
+def decode_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, bool]:
+    """Text of a generated answer, and whether it is one: False for <|unknown|> or nothing."""
+    ids = list(ids)
+    ids = ids[: ids.index(STOP)] if STOP in ids else ids
+    if not ids or ids[0] == UNKNOWN:
+        return "", False
+    return tokenizer.decode(ids).strip(), True
+
+
+def statement_ids(tokenizer: Tokenizer, text: str, lead: str = " ") -> list[int]:
+    """Ids of a planted statement, inside a paragraph or (`lead` a line break) as a line's start."""
+    return tokenizer.encode(f"{lead}{text}")

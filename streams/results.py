@@ -1,0 +1,87 @@
+"""The final table of a stream: speed, memory, loss, what is known by age, and what is next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wakesleep.streams.console import shortened
+from wakesleep.streams.quantities import count, duration, rounded, size
+
+YOUNGEST_DECADE = 3  # ages under 1,000 tokens, inside the window or just beyond, are one row
+BAR = 20  # columns
+
+
+def final_table(folder: Path, summary: Mapping[str, Any]) -> str:
+    """The summary of a session as a page of plain text."""
+    title = f"{count(summary['tokens'])} tokens read in {duration(summary['seconds'])}"
+    if summary.get("resumed_at"):
+        title += f", resumed {len(summary['resumed_at'])}x"
+    rows = [
+        ("speed", f"{summary['tokens_per_second']:,.0f} tokens per second"),
+        (
+            "peak memory",
+            f"{size(summary['peak_rss_bytes'])}, of it state {size(summary['state_bytes'])}",
+        ),
+        ("bits per byte", f"{summary['bits_per_byte']:.3f}"),
+    ]
+    if summary.get("nonfinite_rows"):
+        rows.append(("not finite", f"{summary['nonfinite_rows']:,} rows, left out of every memory"))
+    facts = summary.get("facts") or []
+    if facts:
+        right = sum(bool(fact["correct"]) for fact in facts)
+        rows.append(("planted facts", f"{right} of {len(facts)} still known"))
+    lines = [title, "", *_columns(rows)]
+    if facts:
+        lines += ["", *_by_age(facts)]
+    plots = ", ".join(sorted(path.name for path in folder.glob("*.png")))
+    rows = [("session", shortened(str(folder), 200))]
+    rows += [("plots", plots)] if plots else []
+    rows += [("next", next_command(folder, facts))]
+    return "\n".join([*lines, "", *_columns(rows)])
+
+
+def next_command(folder: Path, facts: Sequence[Mapping[str, Any]]) -> str:
+    """The command to type now: one of the planted facts, or the prompt."""
+    command = f"wakesleep ask {shlex.quote(shortened(str(folder), 200))}"
+    known = next((fact for fact in facts if fact["correct"]), None)
+    return f'{command} "{shortened(known["question"], 120)}"' if known else command
+
+
+def decade(age: int) -> int:
+    """The power of ten at or below an age in tokens; younger than 1,000 counts as 10^2."""
+    return max(YOUNGEST_DECADE - 1, int(math.log10(max(age, 1)) + 1e-9))
+
+
+def decade_name(power: int) -> str:
+    """1k to 10k, for 3."""
+    if power < YOUNGEST_DECADE:
+        return f"under {rounded(10**YOUNGEST_DECADE)}"
+    return f"{rounded(10**power)} to {rounded(10 ** (power + 1))}"
+
+
+def by_decade(facts: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+    """(right, asked) by decade of age, youngest first."""
+    groups: dict[int, tuple[int, int]] = {}
+    for fact in sorted(facts, key=lambda fact: fact["age_tokens"]):
+        power = decade(fact["age_tokens"])
+        right, asked = groups.get(power, (0, 0))
+        groups[power] = right + bool(fact["correct"]), asked + 1
+    return groups
+
+
+def _by_age(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"  {'age in tokens':<14}{'right':>6}{'asked':>7}"]
+    for power, (right, asked) in by_decade(facts).items():
+        bar = "#" * round(BAR * right / asked)
+        share = f"{100 * right / asked:.0f} %"
+        lines.append(f"  {decade_name(power):<14}{right:>6}{asked:>7}{share:>7}  {bar}".rstrip())
+    return lines
+
+
+def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows) + 2
+    return [f"  {name:<{width}}{value}" for name, value in rows]

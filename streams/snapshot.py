@@ -1,0 +1,219 @@
+"""A session's folder: what is written, in which order, and what is believed when it is read.
+
+    session.json            the manifest, written last: what it does not name does not count
+    state-000000123456.safetensors   state after 123,456 tokens; the last two are kept
+    metrics.jsonl, ids.bin  only ever appended to; cut back to the manifest's lengths on resume
+
+A folder may come from a stranger, and a process may die between any two writes. So every file is
+opened without following links, its size and hash are compared with the manifest, and a file that is
+replaced is written beside the old one first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.manifest import Manifest, parse_manifest
+from wakesleep.ttl.files import open_regular, sha256_of, write_atomically
+from wakesleep.ttl.state import Tree
+from wakesleep.ttl.state_io import read_state, write_state
+
+MANIFEST, LOCK, METRICS, IDS, SUMMARY = (
+    "session.json",
+    ".lock",
+    "metrics.jsonl",
+    "ids.bin",
+    "summary.json",
+)
+MAX_MANIFEST_BYTES = 1 << 26
+MAX_STATE_BYTES = 1 << 36
+STATE_NAME = re.compile(r"state-\d{12,16}(-\d{1,6})?\.safetensors")
+READ_TRIES = 5  # of a reader whose snapshot is replaced while it opens it
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only writer of a folder; the system ends the lock with the process.
+
+    Raises:
+        Refused: another process writes to it, or the lock cannot be made.
+    """
+    import fcntl
+
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(folder / LOCK, flags, 0o644)
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Refused(
+            f"{folder} is being written by another process",
+            "",
+            "wait until it is done, or stop it (Ctrl-C saves); ask works meanwhile",
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def holds_session(folder: Path) -> bool:
+    """Tell whether there is a manifest, or something in its place."""
+    return os.path.lexists(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check session.json.
+
+    Raises:
+        Refused: it is missing, a link, broken, of another schema, or holds impossible values.
+    """
+    if not holds_session(folder):
+        raise Refused(f"{folder} holds no session", "", "make one: wakesleep stream DOC --session DIR")
+    try:
+        with open_regular(folder / MANIFEST, MAX_MANIFEST_BYTES) as file:
+            return parse_manifest(file.read())
+    except ValueError as error:
+        raise _damaged(folder, error) from error
+
+
+def read_snapshot(folder: Path, like: Tree, manifest: Manifest) -> Tree:
+    """Read the state that a manifest names into the form of `like`, once size and hash agree.
+
+    Raises:
+        Refused: the file is missing, a link, changed, or has other shapes than `like`.
+    """
+    try:
+        with open_regular(folder / manifest.state, MAX_STATE_BYTES) as file:
+            if os.fstat(file.fileno()).st_size != manifest.state_bytes:
+                raise ValueError(f"{manifest.state} has not the {manifest.state_bytes:,} bytes it had")
+            if sha256_of(file) != manifest.state_sha256:
+                raise ValueError(f"{manifest.state} was changed: its SHA-256 is not the recorded one")
+            state, header = read_state(file, like, manifest.state)
+        if header.get("model_sha256") != manifest.model_sha256:
+            raise ValueError(f"{manifest.state} belongs to another model than session.json says")
+        return state
+    except ValueError as error:
+        raise _damaged(folder, error) from error
+
+
+def replaced_since(folder: Path, manifest: Manifest) -> bool:
+    """Tell whether a writer has gone on to another snapshot after `manifest` was read."""
+    return read_manifest(folder).state != manifest.state
+
+
+def write_snapshot(folder: Path, manifest: Manifest, state: Tree) -> Manifest:
+    """Write a state and then the manifest that names it; return that manifest.
+
+    The state named before stays, older ones go. If anything fails, session.json is as it was.
+
+    Args:
+        manifest: with `state` as it was named before ("" if none); name, hash and size are set here.
+    """
+    data = io.BytesIO()
+    write_state(data, state, {"model_sha256": manifest.model_sha256, "tokens": str(manifest.tokens)})
+    name = _free_name(folder, manifest.tokens)
+    write_atomically(folder / name, data.getbuffer())
+    data.seek(0)
+    previous = manifest.state
+    manifest = manifest.with_state(name, sha256_of(data), data.getbuffer().nbytes)
+    write_manifest(folder, manifest)
+    for entry in os.scandir(folder):
+        if STATE_NAME.fullmatch(entry.name) and entry.name not in (name, previous):
+            os.unlink(entry.path)
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace session.json; after a crash it is the old one or the new one."""
+    write_atomically(folder / MANIFEST, manifest.to_json())
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Replace a JSON file that people read, too."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def open_appended(path: Path, length: int) -> BinaryIO:
+    """Open a file that is appended to, cut back to the `length` bytes that the manifest knows.
+
+    Raises:
+        Refused: it is shorter, a link, or not a regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise Refused(f"{path} cannot be written: {error.strerror}") from error
+    file = open(descriptor, "r+b")
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size < length:
+        file.close()
+        raise Refused(
+            f"{path} has {status.st_size:,} bytes, session.json knows of {length:,}",
+            "",
+            "put the file back as it was, or start another session",
+        )
+    file.truncate(length)
+    file.seek(length)
+    return file
+
+
+def check_appended(path: Path, length: int) -> None:
+    """Refuse what `open_appended` would refuse, without touching the file."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        status = None
+    if status is None and not length:
+        return
+    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size < length:
+        raise Refused(
+            f"{path} is missing, shorter than session.json says, or not a regular file",
+            "",
+            "put the file back as it was, or start another session",
+        )
+
+
+def sync(file: BinaryIO) -> None:
+    """Bring what was written to the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete half-written files of a process that was killed; the caller holds the lock."""
+    for entry in os.scandir(folder):
+        if re.fullmatch(r"\.[A-Za-z0-9._-]+\.new", entry.name) and not entry.is_dir():
+            os.unlink(entry.path)
+
+
+def _free_name(folder: Path, tokens: int) -> str:
+    """A name for a new state: after a change of window the same token count may come twice."""
+    name, tries = f"state-{tokens:012d}.safetensors", 1
+    while os.path.lexists(folder / name):
+        tries += 1
+        name = f"state-{tokens:012d}-{tries}.safetensors"
+    return name
+
+
+def _damaged(folder: Path, error: Exception) -> Refused:
+    what = str(error).splitlines()[0]
+    return Refused(
+        f"the session in {folder} cannot be used",
+        what,
+        "nothing was changed; take a copy of the session that is whole, or start another one",
+    )

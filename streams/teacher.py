@@ -1,0 +1,78 @@
+"""The teacher of the admission head: the read mass that tokens in fact received.
+
+A token that the store rejects is never read, so it gets no gradient; and a gate in the read logits
+learns the opposite ranking (noise above facts). So the head is taught apart from the reads: on
+steps whose store keeps everything, a token was needed if the answers read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wakesleep.ttl.state import StoreState, StreamState
+
+
+def admission_loss(
+    state: StreamState,
+    judged: Callable[[Tensor], Tensor],
+    *,
+    threshold: float,
+    positive_weight: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """Binary cross-entropy of the admission head against the read mass of a store without selection.
+
+    Gradient reaches the scores of `state` and nothing else.
+
+    Args:
+        judged: says of stored positions [B, H, S] which pairs an answer could have read.
+        threshold: mass from which a pair counts as needed.
+        positive_weight: weight of needed pairs.
+
+    Returns:
+        The mean over stores, and means over stores of `precision` and `recall` at logit 0,
+        `needed` (share of pairs) and `noise_above` (share of other pairs above the median needed
+        one of the same head). Zero without gradient when no pair can be judged.
+    """
+    losses, rankings = [], []
+    for store in stores(state):
+        seen = judged(store.position) & (store.position >= 0)
+        if not bool(seen.any()):
+            continue
+        needed = store.mass.detach() > threshold
+        score = torch.where(seen, store.score, 0.0)  # the empty places hold -inf
+        weight = torch.where(needed, positive_weight, 1.0) * seen
+        loss = F.binary_cross_entropy_with_logits(score, needed.float(), weight, reduction="sum")
+        losses.append(loss / seen.sum())
+        rankings.append(_ranking(store.score.detach(), seen & needed, seen & ~needed))
+    if not losses:
+        return torch.zeros((), device=state.position.device), {}
+    metrics = {}
+    for name in rankings[0]:
+        known = [ranking[name] for ranking in rankings if ranking[name] is not None]
+        if known:
+            metrics[name] = sum(known) / len(known)
+    return torch.stack(losses).mean(), metrics
+
+
+def stores(state: StreamState) -> list[StoreState]:
+    """The stores of all blocks that have one."""
+    return [block.store for block in state.blocks if block.store is not None]
+
+
+def _ranking(score: Tensor, needed: Tensor, other: Tensor) -> dict[str, float | None]:
+    """How well scores [B, H, S] tell `needed` from `other` pairs; None where it cannot be said."""
+    hits, alarms = int((needed & (score > 0)).sum()), int((other & (score > 0)).sum())
+    found = int(needed.sum())
+    by_head = torch.where(needed, score, torch.nan).transpose(0, 1).flatten(1)
+    median = by_head.nanmedian(1).values[None, :, None]  # [1, H, 1]; nan in a head without any
+    compared = int((other & ~median.isnan()).sum())
+    return {
+        "precision": hits / (hits + alarms) if hits + alarms else None,
+        "recall": hits / found if found else None,
+        "needed": found / (found + int(other.sum())),
+        "noise_above": int((other & (score > median)).sum()) / compared if compared else None,
+    }

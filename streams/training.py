@@ -1,0 +1,253 @@
+"""Training with Lightning: truncated backpropagation through a carried state.
+
+    lightning.Trainer(max_steps=1000).fit(StreamModule(config), StreamDataModule(config))
+
+`train` does the same in a folder, with checkpoints, metrics and model folders.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from wakesleep.streams.config import as_dict
+from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.rng import rng_states, set_rng_states
+from wakesleep.streams.teacher import admission_loss
+from wakesleep.streams.training_batch import Batch
+from wakesleep.streams.training_config import TrainConfig
+from wakesleep.streams.training_data import Source, StreamDataModule, open_source
+from wakesleep.streams.training_draws import Draw, draw_step, never
+from wakesleep.streams.training_metrics import Means, add_answers
+from wakesleep.streams.training_run import RunFolder, make_trainer
+from wakesleep.streams.unroll import TokenLoss, Unrolled, last_readable, next_token_loss, unroll
+from wakesleep.ttl.model import TTLModel
+from wakesleep.ttl.state import StreamState, flatten, map_state, unflatten
+
+__all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "train"]
+
+CHECKPOINT_KEY = "wakesleep"
+VERSION = 1  # of what is under that key
+VALIDATION = 1 << 41  # the draws of validation batches are numbered from here
+
+
+class TrainingFailed(RuntimeError):
+    """A number is not finite; the last checkpoint is as it was."""
+
+
+class StreamModule(lightning.LightningModule):
+    """The model, its losses, and everything that one step hands to the next."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = TTLModel(config.model)
+        # plain attributes, not buffers: DDP would give every rank the buffers of rank 0
+        self.cursor = 0  # number of the next batch
+        self.state: StreamState | None = None  # what the lanes carry, detached
+        self.pool = empty_pool(self.model.init_state(1), config.admission.distractor_pool)
+        self.means = Means()
+        self._rng: dict[str, Any] | None = None  # of a checkpoint, until training starts
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Unroll the segments of a batch; the loss of its tokens and of the admission head."""
+        if batch.cursor != self.cursor:
+            raise RuntimeError(f"data and memory are out of step: {batch.cursor}, {self.cursor}")
+        draw = self._draw(batch.cursor)
+        start = self._start(draw, self.state)
+        read = unroll(self.model, batch, start, draw, self.pool)
+        tokens = self._next_token(read, batch)
+        loss = tokens.loss
+        if draw.keep_all:
+            loss = loss + self.config.admission.weight * self._teach(read, batch)
+        self._require_finite(loss, tokens, read, batch)
+        self._count(self.means, tokens, batch, draw)
+        if self.config.carries:
+            self.state = map_state(lambda new, old: new.detach().to(old.dtype), read.state, start)
+        elif self.config.admission.distractor_share:
+            self.pool = collect(self.pool, read.state, read.foreign)
+        self.cursor += 1
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, source: Source, batches: int) -> dict[str, float]:
+        """Losses and answers on the first batches of a source; nothing of the training changes."""
+        means, state = Means(), None
+        self.model.eval()
+        for number in range(batches):
+            batch = self.transfer_batch_to_device(source.batch(number), self.device, 0)
+            draw = self._draw(VALIDATION + number)
+            read = unroll(self.model, batch, self._start(draw, state), draw, self.pool)
+            state = read.state if self.config.carries else None
+            self._count(means, self._next_token(read, batch), batch, draw)
+        self.model.train()
+        return means.take()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW in two groups and the schedule, one step of it per optimiser step."""
+        optim = self.config.optim
+        matrices = list(matrix_parameters(self.model))
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.model.parameters() if id(p) not in chosen]
+        groups = [
+            {"params": matrices, "lr": optim.lr, "weight_decay": optim.weight_decay},
+            {"params": rest, "lr": optim.lr_rest, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=optim.betas, fused=True)
+        total = self.config.total_steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: optim.rate(s, total))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
+        """Clip by the norm of the whole gradient, note the norm, stop where it is not finite."""
+        limit = gradient_clip_val or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True))
+        if norm != norm or norm == float("inf"):
+            bad = [n for n, p in self.model.named_parameters() if not _finite(p.grad)]
+            raise TrainingFailed(self._failure("the gradient", f"of {', '.join(bad[:3])}"))
+        self.means.add("grad_norm", norm)
+
+    def on_train_start(self) -> None:
+        """Random numbers go on where the checkpoint was made."""
+        if self._rng is not None:
+            set_rng_states(self._rng)
+            self._rng = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not know of, in plain types."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "version": VERSION,
+            "cursor": self.cursor,
+            "state": None if self.state is None else flatten(self.state),
+            "pool": [ring._asdict() for ring in self.pool.rings],
+            "pool_written": self.pool.written,
+            "means": self.means.sums,
+            "rng": rng_states(),
+            "model": as_dict(self.config.model),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back.
+
+        Raises:
+            Refused: the checkpoint is another program's or another model's.
+        """
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None or saved["version"] != VERSION:
+            raise Refused("this checkpoint was not written by this version of `wakesleep train`")
+        if saved["model"] != as_dict(self.config.model):
+            raise Refused("this checkpoint belongs to a model with another config")
+        self.cursor, self._rng = saved["cursor"], saved["rng"]
+        self.means.sums = saved["means"]
+        if saved["state"] is not None:
+            like = self.model.init_state(self.config.train.lanes)
+            self.state = unflatten(like, saved["state"])
+        self.pool = Pool(tuple(Ring(**ring) for ring in saved["pool"]), saved["pool_written"])
+
+    def _draw(self, number: int) -> Draw:
+        if self.config.carries:
+            return never(self.config.train.segments_per_step)
+        return draw_step(self.config, number, self.pool.size).to(self.device)
+
+    def _start(self, draw: Draw, carried: StreamState | None) -> StreamState:
+        if carried is not None:
+            return map_state(lambda t: t.to(self.device), carried)
+        return self.model.init_state(self.config.train.lanes, capacity=draw.capacity)
+
+    def _next_token(self, read: Unrolled, batch: Batch) -> TokenLoss:
+        output = self.model.embedding.weight
+        return next_token_loss(read.hidden, output, batch, self.config.train.z_loss)
+
+    def _teach(self, read: Unrolled, batch: Batch) -> Tensor:
+        """The admission loss of a step whose store kept everything."""
+        admission, model = self.config.admission, self.config.model
+        until = last_readable(batch.read_weight, read.position, model.chunk, model.window)
+
+        def judged(position: Tensor) -> Tensor:
+            return own(position, read.foreign) & (position <= until[:, None, None])
+
+        loss, metrics = admission_loss(
+            read.state,
+            judged,
+            threshold=admission.threshold,
+            positive_weight=admission.positive_weight,
+        )
+        self.means.add("loss_admission", float(loss.detach()))
+        for name, value in metrics.items():
+            self.means.add(name, value)
+        return loss
+
+    def _count(self, means: Means, tokens: TokenLoss, batch: Batch, draw: Draw) -> None:
+        """Add a step's values for people; all of them are weighted by what they are means over."""
+        asked = int((batch.read_weight > 0).sum())
+        rest = int((batch.weight > 0).sum()) - asked
+        means.add("loss", float(tokens.loss.detach()))
+        if asked:
+            means.add("loss_answers", float(tokens.answers), asked)
+        if rest > 0:
+            means.add("loss_rest", float(tokens.rest), rest)
+        kinds, window = self.trainer.datamodule.source.kinds, self.config.model.window
+        add_answers(means, batch, tokens.right, kinds, window, draw.keep_all)
+
+    def _require_finite(self, loss: Tensor, tokens: TokenLoss, read: Unrolled, batch: Batch):
+        if _finite(loss) and not read.nonfinite:
+            return
+        if read.nonfinite:
+            raise TrainingFailed(self._failure(f"{read.nonfinite} rows", "of a layer's input"))
+        bad = [name for name, p in self.model.named_parameters() if not _finite(p)]
+        where = f"parameter {bad[0]}" if bad else "hidden" if not _finite(read.hidden) else "loss"
+        where = where if _finite(tokens.loss) or where != "loss" else "next-token loss"
+        raise TrainingFailed(self._failure("the loss", f"first seen in: {where}"))
+
+    def _failure(self, what: str, where: str) -> str:
+        return (
+            f"step {self.trainer.global_step + 1}, batch {self.cursor}: {what} not finite, {where}\n"
+            "The last checkpoint is unharmed; go on from it with --resume and a lower optim.lr."
+        )
+
+
+def matrix_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights of linear maps, gates and outputs to single numbers left out."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "gate" not in name and module.out_features > 16:
+            yield module.weight
+
+
+def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Train in a folder; return `{"output", "steps", "model_sha256", "resumed_at"}`.
+
+    Raises:
+        Refused: the folder holds a run and `resume` is false, or a run with other settings.
+        TrainingFailed: a loss or gradient is not finite.
+        Stopped: a signal came; the run was saved before.
+    """
+    data = StreamDataModule(config)
+    folder = RunFolder(config, output, data.source.kinds, data.tokenizer_json)
+    if config.train.validate_every:
+        folder.validation = open_source(config, validation=True)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    lightning.seed_everything(config.seed, verbose=False)
+    module = StreamModule(config)
+    trainer = make_trainer(config, folder)
+    checkpoint = folder.open(resume)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on loaders and loggers we do not have
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    return folder.close(module.model, trainer.global_step)
+
+
+def _finite(x: Tensor | None) -> bool:
+    return x is None or bool(torch.isfinite(x).all())

@@ -1,0 +1,31 @@
+"""What one step is given.
+
+Shapes: B lanes, T tokens per lane and step, K segments of T / K tokens, N answers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Answers(NamedTuple):
+    """Where the answers of a batch are; exact match is counted over all tokens of one."""
+
+    lane: Tensor  # [N] int64
+    start: Tensor  # [N] int64 column whose prediction is the answer's first token
+    stop: Tensor  # [N] int64 column behind the last
+    age: Tensor  # [N] int64 tokens since the fact; -1 = there is none
+    kind: Tensor  # [N] int64 index into the source's kinds
+
+
+class Batch(NamedTuple):
+    tokens: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64, the token after each
+    weight: Tensor  # [B, T] float32 of each prediction in the loss
+    read_weight: Tensor  # [B, T] float32, 1 where an answer token is predicted
+    lengths: Tensor  # [B, K] int64 tokens of each segment
+    reset: Tensor  # [B, K] bool: a document starts with this segment
+    answers: Answers
+    cursor: int  # number of this batch

@@ -1,0 +1,158 @@
+"""Settings of a training run: model, optimisation, data, and what is passed to Lightning.
+
+A step reads a batch of B lanes x `sequence_len` tokens, cut into K = `segments_per_step` segments
+through which the state is carried with its gradient; between steps it is carried without.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from wakesleep.streams.mixture import MixtureConfig
+from wakesleep.streams.mqar import MQARConfig
+from wakesleep.ttl.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionConfig:
+    """How the store is used while training, and how its admission head is taught."""
+
+    capacities: tuple[int, ...] = ()  # places, one drawn per step; () = the model's own capacity
+    keep_all_share: float = 0.0  # of steps without selection; these teach the admission head
+    weight: float = 1.0  # of the admission loss
+    threshold: float = 0.1  # read mass of a token from which it counts as needed
+    positive_weight: float = 20.0  # of needed tokens in the binary cross-entropy
+    distractor_share: float = 0.0  # of steps that start with pairs of other documents in the store
+    distractor_pool: int = 2048  # pairs per layer and head that wait to be distractors
+    rank_max: int = 0  # stored distances are spread over this many; 0 = not spread
+
+    def __post_init__(self) -> None:
+        for name in ("keep_all_share", "distractor_share"):
+            _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
+        _require(all(c > 0 for c in self.capacities), "capacities", "above 0", self.capacities)
+        _require(self.distractor_pool > 0, "distractor_pool", "above 0", self.distractor_pool)
+        _require(self.rank_max >= 0, "rank_max", "at least 0", self.rank_max)
+        _require(self.threshold > 0, "threshold", "above 0", self.threshold)
+        _require(self.positive_weight > 0, "positive_weight", "above 0", self.positive_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW in two groups (matrices; embeddings, gains, gates and the rest) and its schedule."""
+
+    lr: float = 2e-3  # of matrices, at the top of the schedule
+    lr_rest: float = 4e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1  # of matrices only
+    warmup: int = 100  # steps
+    schedule: Literal["cosine", "linear"] = "cosine"
+    floor: float = 0.05  # of the top rate, reached at the last step
+    clip: float = 1.0  # norm of the whole gradient
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lr_rest", "clip"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        _require(self.warmup >= 0, "warmup", "at least 0", self.warmup)
+        _require(0 <= self.floor <= 1, "floor", "between 0 and 1", self.floor)
+
+    def rate(self, step: int, total: int) -> float:
+        """Share of the top learning rate at `step` of `total`."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        done = min(1.0, (step - self.warmup) / max(1, total - self.warmup))
+        fall = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.floor + (1 - self.floor) * fall
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What one step is, and what happens every so many of them."""
+
+    steps: int = 1000  # optimiser steps; trainer.max_steps wins
+    lanes: int = 8  # B
+    sequence_len: int = 1024  # T, tokens that each lane reads per step
+    segments_per_step: int = 1  # K; the state is carried with its gradient inside a step
+    save_every: int = 500  # steps between checkpoints
+    log_every: int = 50  # steps between lines of metrics.csv
+    validate_every: int = 0  # steps between validations; 0 = never
+    validation_batches: int = 4
+    recompute: Literal["none", "chunk", "segment"] = "none"
+    z_loss: float = 0.0  # weight of (log of the softmax's normaliser) squared
+    bf16: bool = False  # autocast; the carried state and the weights stay float32
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "lanes", "sequence_len", "segments_per_step", "save_every"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        _require(self.log_every > 0, "log_every", "above 0", self.log_every)
+        _require(self.validate_every >= 0, "validate_every", "at least 0", self.validate_every)
+        _require(self.z_loss >= 0, "z_loss", "at least 0", self.z_loss)
+        if self.sequence_len % self.segments_per_step:
+            raise ValueError(
+                f"sequence_len={self.sequence_len} must be a multiple of "
+                f"segments_per_step={self.segments_per_step}"
+            )
+        if self.recompute != "none":
+            raise ValueError(f"recompute={self.recompute} is not there yet; use recompute=none")
+
+    @property
+    def segment(self) -> int:
+        """Tokens per lane and segment."""
+        return self.sequence_len // self.segments_per_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which sequences are read; the group named like `kind` says more."""
+
+    kind: Literal["mixture", "mqar", "text"] = "mqar"
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    mqar: MQARConfig = field(default_factory=MQARConfig)
+    paths: tuple[str, ...] = ()  # text: files or folders
+    validation_paths: tuple[str, ...] = ()  # text: documents held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the numbers of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: StepConfig = field(default_factory=StepConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int | None = None  # CPU threads; None: as many as torch would use
+    trainer: dict[str, Any] = field(default_factory=dict)  # keyword arguments of lightning.Trainer
+
+    def __post_init__(self) -> None:
+        if self.train.segment % self.model.chunk:
+            raise ValueError(
+                f"a segment (train.sequence_len / train.segments_per_step = {self.train.segment} "
+                f"tokens) must be a multiple of model.chunk={self.model.chunk}"
+            )
+        if self.data.kind == "text" and (self.admission != AdmissionConfig()):
+            raise ValueError(
+                "admission.* draws a new store for every document of a generated task; "
+                "with data.kind=text the store is carried on: leave admission.* out"
+            )
+        if self.data.kind == "text" and not self.data.paths:
+            raise ValueError("data.kind=text needs data.paths=[FILE or FOLDER, ...]")
+
+    @property
+    def carries(self) -> bool:
+        """Whether documents go on from step to step."""
+        return self.data.kind == "text"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.trainer.get("max_steps", self.train.steps))
+
+
+def _require(holds: bool, name: str, requirement: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {requirement}, got {value}")

@@ -1,0 +1,146 @@
+"""Training data: a batch is a function of its number, so the cursor of a run is one integer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import lightning
+import torch
+from torch import Tensor
+
+from wakesleep.streams.mixture import Mixture
+from wakesleep.streams.mqar import MQAR
+from wakesleep.streams.training_batch import Answers, Batch
+from wakesleep.streams.training_config import TrainConfig
+from wakesleep.streams.training_text import TextLanes
+
+ENDLESS = 1 << 40  # batches; Lightning needs a length, or it reads one batch ahead of the cursor
+HELD_OUT = 1 << 32  # added to the seed of generated validation batches
+
+
+class Source(Protocol):
+    """What every kind of data offers."""
+
+    kinds: tuple[str, ...]  # of answers
+    carries: bool  # documents go on from batch to batch
+
+    def batch(self, number: int) -> Batch: ...
+
+
+class Tasks:
+    """Generated sequences, each one document of T tokens that starts with the batch."""
+
+    carries = False
+
+    def __init__(self, task: Mixture | MQAR, lanes: int, segments: int) -> None:
+        self.task, self.lanes, self.segments = task, lanes, segments
+        self.kinds = tuple(task.kinds)
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number` of the run."""
+        rows = {k: torch.from_numpy(v) for k, v in self.task.batch(number, self.lanes).items()}
+        B, T = rows["tokens"].shape
+        # a column's prediction is judged by the token behind it
+        weight = torch.zeros(B, T)
+        weight[:, :-1] = rows["weight"][:, 1:]
+        answers = Answers(
+            lane=rows["answer_lane"],
+            start=rows["answer_start"] - 1,
+            stop=rows["answer_stop"] - 1,
+            age=rows["answer_age"],
+            kind=rows["answer_kind"],
+        )
+        reset = torch.zeros(B, self.segments, dtype=torch.bool)
+        reset[:, 0] = True
+        return Batch(
+            tokens=rows["tokens"],
+            targets=rows["tokens"].roll(-1, 1),
+            weight=weight,
+            read_weight=_inside(answers, B, T),
+            lengths=torch.full((B, self.segments), T // self.segments),
+            reset=reset,
+            answers=answers,
+            cursor=number,
+        )
+
+
+class LaneLoader:
+    """Batches from `start` on. The length is that of an endless epoch; `max_steps` ends a run."""
+
+    def __init__(self, source: Source, start: int) -> None:
+        self.source, self.cursor = source, start
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            number = self.cursor
+            self.cursor += 1
+            yield self.source.batch(number)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.cursor = state["cursor"]
+
+
+class StreamDataModule(lightning.LightningDataModule):
+    """Data of a run for Lightning, going on where the module's last step ended."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.source = open_source(config)
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer that belongs to the ids; the shipped one where ids stand for no text."""
+        path = self.config.data.mixture.tokenizer if self.config.data.kind == "mixture" else None
+        shipped = resources.files("wakesleep.streams") / "data" / "default" / "tokenizer.json"
+        return Path(path).read_bytes() if path else shipped.read_bytes()
+
+    def train_dataloader(self) -> LaneLoader:
+        return LaneLoader(self.source, self.trainer.lightning_module.cursor)
+
+
+def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
+    """The data of `config.data.kind`; for validation, data that training never sees.
+
+    Raises:
+        ValueError: the data does not fit the model or the lengths.
+    """
+    step, data = config.train, config.data
+    seed = config.seed + (HELD_OUT if validation else 0)
+    match data.kind:
+        case "mqar":
+            task = MQAR(data.mqar, step.sequence_len, seed)
+            _check_vocabulary(config, data.mqar.vocab_size)
+            return Tasks(task, step.lanes, step.segments_per_step)
+        case "mixture":
+            task = Mixture(data.mixture, step.sequence_len, seed, validation=validation)
+            return Tasks(task, step.lanes, step.segments_per_step)
+        case "text":
+            paths = data.validation_paths if validation else data.paths
+            return TextLanes(paths, step.lanes, step.segment, step.segments_per_step, seed)
+
+
+def _inside(answers: Answers, lanes: int, columns: int) -> Tensor:
+    """1 in the columns of answers, 0 elsewhere: [B, T] float32."""
+    steps = torch.zeros(lanes, columns + 1)
+    one = torch.ones(len(answers.lane))
+    steps.index_put_((answers.lane, answers.start), one, accumulate=True)
+    steps.index_put_((answers.lane, answers.stop), -one, accumulate=True)
+    return steps.cumsum(1)[:, :-1].clamp(0, 1)
+
+
+def _check_vocabulary(config: TrainConfig, needed: int) -> None:
+    if needed > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} is less than the data's {needed}; "
+            "set both to the same number"
+        )

@@ -1,0 +1,91 @@
+"""What a step draws at random: the store's size, distractors, stored distances.
+
+Everything follows from the seed and the batch's number, so a resumed run draws the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wakesleep.streams.training_config import TrainConfig
+
+KEY = 0x57EB  # keeps these draws apart from those of the data with the same seed and number
+
+
+class Draw(NamedTuple):
+    capacity: int | None  # places of every store; None = the model's own
+    keep_all: bool  # nothing is ever evicted: this step teaches the admission head
+    orders: tuple[Tensor | None, ...]  # per segment [B, n] int64 distractors before it; -1 = none
+    jumps: tuple[int, ...]  # per segment, positions that the distractors take
+    rank_table: Tensor | None  # [B, S] int64 increasing distances of the ranks 0..S-1
+
+    def to(self, device: torch.device) -> Draw:
+        """The draw with its tensors on a device."""
+        orders = tuple(order if order is None else order.to(device) for order in self.orders)
+        ranks = self.rank_table if self.rank_table is None else self.rank_table.to(device)
+        return self._replace(orders=orders, rank_table=ranks)
+
+
+def draw_step(config: TrainConfig, number: int, waiting: int) -> Draw:
+    """The draws of batch `number` when `waiting` distractors are in the pool."""
+    admission, step = config.admission, config.train
+    rng = np.random.default_rng((config.seed, number, KEY))
+    keep_all = bool(rng.random() < admission.keep_all_share)
+    drawn = int(rng.choice(admission.capacities)) if admission.capacities else None
+    most = waiting if keep_all or drawn is None else min(waiting, drawn)
+    level = 0
+    if waiting and rng.random() < admission.distractor_share:
+        level = int(rng.integers(1, most + 1))
+    orders, jumps = _distractors(rng, config, level, waiting)
+    capacity = step.sequence_len + level if keep_all else drawn
+    ranks = None
+    if admission.rank_max:
+        ranks = _spread(
+            rng, step.lanes, capacity or config.model.store.capacity, admission.rank_max
+        )
+    return Draw(capacity, keep_all, orders, jumps, ranks)
+
+
+def never(segments: int) -> Draw:
+    """The draw of a step that takes the store as the model has it."""
+    return Draw(None, False, (None,) * segments, (0,) * segments, None)
+
+
+def boundary(config: TrainConfig) -> int:
+    """Tokens after which all clocks of the model stand as before: a jump must be a multiple."""
+    return math.lcm(config.model.chunk, config.model.memory.page)
+
+
+def _distractors(rng, config: TrainConfig, level: int, waiting: int):
+    """Deal `level` of the waiting pairs to every lane, at random among the segments."""
+    lanes, segments = config.train.lanes, config.train.segments_per_step
+    if not level:
+        return (None,) * segments, (0,) * segments
+    chosen = rng.permuted(np.tile(np.arange(waiting), (lanes, 1)), axis=1)[:, :level]
+    shares = rng.dirichlet(np.ones(segments), size=lanes)
+    segment = (rng.random((lanes, level, 1)) > shares.cumsum(1)[:, None, :-1]).sum(2)
+    orders, jumps = [], []
+    clock = boundary(config)
+    for k in range(segments):
+        here = segment == k
+        order = np.sort(np.where(here, np.arange(level), level), axis=1)[:, : here.sum(1).max()]
+        padded = np.concatenate([chosen, np.full((lanes, 1), -1)], axis=1)
+        order = np.take_along_axis(padded, order, axis=1)
+        orders.append(torch.from_numpy(order) if order.size else None)
+        jumps.append(math.ceil(order.shape[1] / clock) * clock)
+    return tuple(orders), tuple(jumps)
+
+
+def _spread(rng, lanes: int, places: int, rank_max: int) -> Tensor:
+    """Increasing distances [B, S], each lane's over a random range up to rank_max, without ties."""
+    table = np.tile(np.arange(places), (lanes, 1))
+    if places < rank_max:
+        for row in table:
+            span = int(places * (rank_max / places) ** rng.random())
+            row[:] = np.sort(rng.permutation(span)[:places])
+    return torch.from_numpy(table)

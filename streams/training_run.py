@@ -1,0 +1,229 @@
+"""The folder of a training run: settings, metrics, checkpoints, model folders, and how it ends.
+
+    config.yaml  run.json  metrics.csv  checkpoints/last.ckpt  last/  best/
+
+Every file is replaced as a whole, so a run may be killed at any moment. What the checkpoint does
+not know of is undone on resume: metrics.csv is cut back to its step.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import nn
+
+from wakesleep.streams.config import flat, load_config, to_yaml
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.stopping import Stopped, StopSignals
+from wakesleep.streams.training_config import TrainConfig
+from wakesleep.streams.training_data import Source
+from wakesleep.streams.training_metrics import TEACHER, answer_columns, line
+from wakesleep.ttl.files import write_atomically
+from wakesleep.ttl.model_io import model_sha256, save_model
+
+FREE = ("train.save_every", "train.log_every", "threads", "device")  # may change on resume
+COLUMNS = (
+    *("step", "tokens", "seconds", "tokens_per_second", "lr", "grad_norm"),
+    *("loss", "loss_answers", "loss_rest", "loss_admission", *TEACHER),
+)
+
+
+class RunFolder(lightning.Callback):
+    """Writes what a run leaves behind, every so many steps, and obeys signals."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, kinds: tuple[str, ...], tokenizer_json: bytes
+    ) -> None:
+        self.config, self.folder, self.tokenizer_json = config, folder, tokenizer_json
+        self.validation: Source | None = None
+        self.best: float | None = None  # lowest val_loss so far
+        self.seconds = 0.0  # of training in all calls, up to the last line
+        self._signals = StopSignals()
+        self._step = 0  # last one that was seen
+        self._mark = (0.0, 0)  # clock and step of the last line
+        answers = answer_columns(kinds)
+        self._columns = [*COLUMNS, *answers, "val_loss", *(f"val_{name}" for name in answers)]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    def open(self, resume: bool) -> Path | None:
+        """Make or take up the folder; return the checkpoint to go on from, None at the start.
+
+        Raises:
+            Refused: it holds a run and `resume` is false, or a run with other settings.
+        """
+        saved = self.folder / "config.yaml"
+        if saved.exists() or self.checkpoint.exists():
+            if not resume:
+                remedy = "Go on with it by --resume, or choose another --output."
+                raise Refused(f"{self.folder} holds a run", "", remedy)
+            if saved.exists():
+                self._compare(load_config(TrainConfig, saved)[0])
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(saved, to_yaml(self.config).encode())
+        return self.checkpoint if self.checkpoint.exists() else None
+
+    def close(self, model: nn.Module, step: int) -> dict[str, Any]:
+        """Say what the run left; a run that was killed between two files is made whole first."""
+        self._save_model("last", model, step)
+        sha256 = model_sha256(self.folder / "last")
+        return {"output": str(self.folder), "steps": step, "model_sha256": sha256, **self._record()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.seconds = state["best"], state["seconds"]
+
+    def on_train_start(self, trainer, module) -> None:
+        self._step = step = trainer.global_step
+        resumed = [*self._record()["resumed_at"], step] if step else []
+        write_atomically(
+            self.folder / "run.json", json.dumps({"resumed_at": resumed}).encode() + b"\n"
+        )
+        self._cut_metrics(step)
+        self._mark = (time.monotonic(), step)
+        self._signals.__enter__()  # after Lightning has put up its own
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        step, train = trainer.global_step, self.config.train
+        if step == self._step:
+            return  # gradients are still being accumulated
+        self._step = step
+        last = step >= self.config.total_steps
+        validate = self.validation is not None and (last or step % train.validate_every == 0)
+        if last or validate or step % train.log_every == 0:
+            self._report(trainer, module, validate)
+        if last or self._signals or step % train.save_every == 0:
+            self._save(trainer, module)
+        if self._signals:
+            raise Stopped(self._signals.number)
+
+    def _report(self, trainer, module, validate: bool) -> None:
+        """Add a line to metrics.csv and say it; keep the model if it is the best so far."""
+        step, (clock, before) = self._step, self._mark
+        train = self.config.train
+        tokens = train.lanes * train.sequence_len * trainer.accumulate_grad_batches
+        lasted = time.monotonic() - clock
+        self.seconds += lasted
+        row = module.means.take()
+        row |= {
+            "step": step,
+            "tokens": step * tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": (step - before) * tokens / max(lasted, 1e-9),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        if validate:
+            with trainer.precision_plugin.forward_context():
+                found = module.evaluate(self.validation, train.validation_batches)
+            row |= {f"val_{name}": value for name, value in found.items()}
+            if self.best is None or row["val_loss"] < self.best:
+                self.best = row["val_loss"]
+                self._save_model("best", module.model, step)
+        with open(self.folder / "metrics.csv", "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+        total = self.config.total_steps
+        left = lasted / max(1, step - before) * (total - step)
+        module.print(line(step, total, row, left), file=sys.stderr, flush=True)
+        self._mark = (time.monotonic(), step)
+
+    def _save(self, trainer, module) -> None:
+        """Replace the checkpoint, then the model folder `last`."""
+        scratch = self.checkpoint.with_name(".last.ckpt.new")
+        trainer.save_checkpoint(scratch)
+        with open(scratch, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, self.checkpoint)
+        self._save_model("last", module.model, self._step)
+
+    def _save_model(self, name: str, model: nn.Module, step: int) -> None:
+        save_model(self.folder / name, model, self.tokenizer_json, self._card(name, step))
+
+    def _card(self, name: str, step: int) -> str:
+        data = self.config.data.kind
+        return (
+            f"# {self.folder.name}: {name}\n\n"
+            f"Trained by `wakesleep train` on data.kind={data} for {step:,} steps.\n"
+            "All settings:\n\n```yaml\n" + to_yaml(self.config) + "```\n"
+        )
+
+    def _compare(self, old: TrainConfig) -> None:
+        before, now = flat(old), flat(self.config)
+        for key in sorted(before.keys() | now.keys()):
+            free = key in FREE or key.partition(".")[0] == "trainer"
+            if not free and before.get(key) != now.get(key):
+                raise Refused(
+                    f"{key} is {before.get(key)} in the run and {now.get(key)} now",
+                    str(self.folder),
+                    "Resume with the run's value, or choose another --output.",
+                )
+
+    def _record(self) -> dict[str, Any]:
+        path = self.folder / "run.json"
+        return json.loads(path.read_text()) if path.exists() else {"resumed_at": []}
+
+    def _cut_metrics(self, step: int) -> None:
+        """Keep the lines up to `step`; what came after the checkpoint will come again."""
+        path = self.folder / "metrics.csv"
+        kept = []
+        if path.exists():
+            with open(path, encoding="utf-8", newline="") as file:
+                kept = [row for row in csv.DictReader(file) if _is_up_to(row, step)]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_atomically(path, text.getvalue().encode())
+
+
+def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
+    """A quiet Trainer with this run's settings; `config.trainer` wins over all of them."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = dict(config.trainer)
+    bar = given.pop("enable_progress_bar", sys.stderr.isatty())
+    callbacks = [folder, *given.pop("callbacks", [])]
+    if bar:  # chosen here: Lightning would take Rich's wherever rich is installed
+        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    settings = {
+        "max_steps": config.total_steps,
+        "max_epochs": -1,
+        "accelerator": device,
+        "devices": 1,
+        "precision": "bf16-mixed" if config.train.bf16 else "32-true",
+        "gradient_clip_val": config.optim.clip,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": bar,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": str(folder.folder),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return lightning.Trainer(**(settings | given), callbacks=callbacks)
+
+
+def _is_up_to(row: dict[str, str], step: int) -> bool:
+    """A line that was cut short by a kill has no step or not all columns."""
+    return (
+        (row.get("step") or "").isdigit() and None not in row.values() and int(row["step"]) <= step
+    )

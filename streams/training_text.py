@@ -1,0 +1,101 @@
+"""Text for training: every lane reads whole documents in order, one after the other, for ever.
+
+A document is a `.npy` file of token ids. Each pass over the documents deals them anew, shuffled, to
+the lanes that are least far. A document starts with a segment of its own and its last segment is
+short, so that a lane is reset between two calls of the model and nowhere else.
+
+Shapes: B lanes, K segments of S tokens, T = K * S.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wakesleep.streams.training_batch import Answers, Batch
+
+
+class TextLanes:
+    """Documents dealt to lanes; batch number and seed decide everything."""
+
+    kinds: tuple[str, ...] = ()
+    carries = True
+
+    def __init__(
+        self, paths: tuple[str, ...], lanes: int, segment: int, segments: int, seed: int
+    ) -> None:
+        self.documents = [_open(path) for path in _files(paths)]
+        self.lanes, self.segment, self.segments, self.seed = lanes, segment, segments, seed
+        self._order: list[list[int]] = [[] for _ in range(lanes)]  # document numbers
+        self._ends: list[list[int]] = [[] for _ in range(lanes)]  # segments up to their ends
+        self._passes = 0
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number` of the run."""
+        B, K, S = self.lanes, self.segments, self.segment
+        tokens = np.zeros((B, K, S), np.int64)
+        targets = np.zeros((B, K, S), np.int64)
+        weight = np.zeros((B, K, S), np.float32)
+        lengths = np.zeros((B, K), np.int64)
+        reset = np.zeros((B, K), bool)
+        for lane in range(B):
+            for k in range(K):
+                document, piece = self._find(lane, number * K + k)
+                ids = self.documents[document]
+                here = ids[piece * S : (piece + 1) * S + 1]
+                n = min(S, len(here))
+                tokens[lane, k, :n] = here[:n]
+                targets[lane, k, : len(here) - 1] = here[1:]
+                weight[lane, k, : len(here) - 1] = 1.0
+                lengths[lane, k], reset[lane, k] = n, piece == 0
+        rows = (torch.from_numpy(x.reshape(B, K * S)) for x in (tokens, targets, weight))
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return Batch(
+            *rows,
+            read_weight=torch.zeros(B, K * S),
+            lengths=torch.from_numpy(lengths),
+            reset=torch.from_numpy(reset),
+            answers=Answers(*(nothing,) * 5),
+            cursor=number,
+        )
+
+    def _find(self, lane: int, segment: int) -> tuple[int, int]:
+        """The document that a lane reads in its `segment`-th segment, and which piece of it."""
+        while not self._ends[lane] or self._ends[lane][-1] <= segment:
+            self._deal()
+        index = bisect_right(self._ends[lane], segment)
+        first = self._ends[lane][index - 1] if index else 0
+        return self._order[lane][index], segment - first
+
+    def _deal(self) -> None:
+        """One more pass: each document goes to the lane with the fewest segments so far."""
+        rng = np.random.default_rng((self.seed, self._passes))
+        for document in rng.permutation(len(self.documents)):
+            lane = min(range(self.lanes), key=lambda b: (self._ends[b] or [0])[-1])
+            pieces = -(-len(self.documents[document]) // self.segment)
+            self._order[lane].append(int(document))
+            self._ends[lane].append((self._ends[lane] or [0])[-1] + pieces)
+        self._passes += 1
+
+
+def _files(paths: tuple[str, ...]) -> list[Path]:
+    found = []
+    for path in map(Path, paths):
+        found += sorted(path.glob("*.npy")) if path.is_dir() else [path]
+    if not found:
+        raise ValueError(f"no documents: expected .npy files of token ids in {list(paths)}")
+    return found
+
+
+def _open(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; data.paths names .npy files or folders of them")
+    ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) < 2:
+        raise ValueError(
+            f"{path}: expected a row of at least two whole numbers, got {ids.dtype} {ids.shape}"
+        )
+    return ids

@@ -1,0 +1,98 @@
+"""One training step's forward pass: segments read one after the other, and their loss.
+
+Shapes: B lanes, T tokens per lane and step, K segments of S = T / K tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wakesleep.streams.distractors import Pool, inject
+from wakesleep.streams.training_batch import Batch
+from wakesleep.streams.training_draws import Draw
+from wakesleep.ttl.model import TTLModel
+from wakesleep.ttl.state import StreamState
+
+
+class Unrolled(NamedTuple):
+    hidden: Tensor  # [B, T, D]
+    state: StreamState  # behind the last segment, with its gradient
+    position: Tensor  # [B, T] int64 of every token since its lane's reset
+    foreign: list[tuple[int, int]]  # intervals of positions that distractors have
+    nonfinite: int  # rows that the model had to mask
+
+
+class TokenLoss(NamedTuple):
+    loss: Tensor  # scalar, weighted mean over the predictions
+    answers: Tensor  # scalar, mean over answer tokens; nan without any
+    rest: Tensor  # scalar, mean over the other tokens with a weight; nan without any
+    right: Tensor  # [B, T] bool: the likeliest token is the target; answer tokens only
+
+
+def unroll(model: TTLModel, batch: Batch, state: StreamState, draw: Draw, pool: Pool) -> Unrolled:
+    """Read the K segments of a batch; gradient flows through the state from each to the next.
+
+    A lane whose document starts with a segment is reset before it, and no other lane is.
+    """
+    K = batch.reset.shape[1]
+    S = batch.tokens.shape[1] // K
+    window = model.window_of(state)
+    columns = torch.arange(S, device=batch.tokens.device)
+    hidden, position, foreign, nonfinite = [], [], [], 0
+    for k in range(K):
+        here = slice(k * S, (k + 1) * S)
+        if bool((batch.reset[:, k] & (state.position > 0)).any()):
+            state = model.reset(state, batch.reset[:, k])
+        if draw.orders[k] is not None:
+            first = max(0, int(state.position[0]) - window)
+            foreign.append((first, first + draw.jumps[k]))
+            state = inject(state, pool, draw.orders[k], draw.jumps[k], window)
+        position.append(state.position[:, None] + columns)
+        lengths = batch.lengths[:, k]
+        x, state, stats = model(
+            batch.tokens[:, here],
+            state,
+            None if bool((lengths == S).all()) else lengths,
+            read_weight=batch.read_weight[:, here] if draw.keep_all else None,
+            rank_table=draw.rank_table,
+            head=False,
+        )
+        hidden.append(x)
+        nonfinite += int(stats.nonfinite.sum())
+    return Unrolled(torch.cat(hidden, 1), state, torch.cat(position, 1), foreign, nonfinite)
+
+
+def next_token_loss(hidden: Tensor, output: Tensor, batch: Batch, z_loss: float) -> TokenLoss:
+    """Weighted cross-entropy of the next token; positions without a weight cost nothing.
+
+    Args:
+        hidden: [B, T, D].
+        output: [V, D], the output matrix.
+        z_loss: weight of the squared log of the softmax's normaliser.
+    """
+    rows = ((batch.weight > 0) | (batch.read_weight > 0)).flatten().nonzero()[:, 0]
+    targets, weight = batch.targets.flatten()[rows], batch.weight.flatten()[rows]
+    asked = batch.read_weight.flatten()[rows] > 0
+    logits = F.linear(hidden.flatten(0, 1)[rows], output)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    loss = (losses * weight).sum() / weight.sum().clamp(min=1e-6)
+    if z_loss:
+        normaliser = torch.logsumexp(logits.float(), -1)
+        loss = loss + z_loss * (normaliser.square() * weight).sum() / weight.sum().clamp(min=1e-6)
+    right = torch.zeros_like(batch.weight, dtype=torch.bool)
+    right.view(-1)[rows[asked]] = logits.detach()[asked].argmax(-1) == targets[asked]
+    seen = losses.detach()
+    return TokenLoss(loss, seen[asked].mean(), seen[~asked].mean(), right)
+
+
+def last_readable(read_weight: Tensor, position: Tensor, chunk: int, window: int) -> Tensor:
+    """The youngest position that an answer of its lane could have read from the store: [B] int64.
+
+    A token is stored once the chunk boundary W tokens behind its own chunk is crossed.
+    """
+    asked = torch.where(read_weight > 0, position, -1).amax(1)
+    return asked // chunk * chunk - window - 1

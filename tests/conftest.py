@@ -1,0 +1,50 @@
+"""What holds for every test: fixed seeds, deterministic kernels, no network, nothing left out."""
+
+import socket
+
+import pytest
+import torch
+
+LEFT_OUT = ("skipped", "xfailed", "xpassed")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Seed torch, refuse kernels without a fixed order and fill `torch.empty` with NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network():
+    """Refuse every connection that leaves the machine's own Unix sockets."""
+
+    def guarded(name):
+        original = getattr(socket.socket, name)
+
+        def call(self, *args):
+            if self.family != socket.AF_UNIX:
+                raise RuntimeError(f"a test tried to reach the network: {name}{args}")
+            return original(self, *args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "bind", "sendto"):
+            patch.setattr(socket.socket, name, guarded(name))
+        yield
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Fail a run that left a test out; a run that collected none fails by itself (exit 5)."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if exitstatus == pytest.ExitCode.OK and any(reporter.stats.get(key) for key in LEFT_OUT):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for key in LEFT_OUT:
+        for report in terminalreporter.stats.get(key, []):
+            terminalreporter.write_line(f"{report.nodeid}: {key}, and so the run failed")

@@ -1,0 +1,105 @@
+"""Admission against a brute-force list, fast form against reference, ties, quotas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wakesleep.kernels.admission import NUM_BINS, admit_fast, admit_reference, bin_span
+
+
+def offer(store, new, form, span=None):
+    """One boundary: store and new are (score, position); returns the store after it."""
+    score, position = store
+    if form == "fast":
+        order = position.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(order.shape[-1]).expand_as(order)
+        )
+        chosen = admit_fast(score, rank, new[0])
+    else:
+        chosen = admit_reference(score, position, new[0], new[1], span)
+    result = []
+    for old, fresh in ((score, new[0]), (position, new[1])):
+        value = fresh.gather(-1, chosen.candidate)
+        value = torch.where(chosen.valid, value, old.gather(-1, chosen.place))
+        result.append(old.scatter(-1, chosen.place, value))
+    return tuple(result)
+
+
+def empty(places, lanes=2, heads=3):
+    return (
+        torch.full((lanes, heads, places), -torch.inf),
+        torch.full((lanes, heads, places), -1, dtype=torch.int64),
+    )
+
+
+def stream(seed, chunks, size, lanes=2, heads=3, levels=None):
+    generator = torch.Generator().manual_seed(seed)
+    for n in range(chunks):
+        score = torch.randn(lanes, heads, size, generator=generator)
+        if levels:
+            score = (score * levels).round() / levels  # many ties
+        dead = torch.rand(lanes, heads, size, generator=generator) < 0.2
+        score = score.masked_fill(dead, -torch.inf)
+        yield score, (n * size + torch.arange(size)).expand(lanes, heads, size)
+
+
+@pytest.mark.parametrize("form", ["reference", "fast"])
+@pytest.mark.parametrize("levels", [None, 1], ids=["distinct", "ties"])
+@pytest.mark.parametrize("places", [1, 3, 8, 20])
+def test_store_holds_the_best_of_everything_offered_and_ties_go_to_the_older(form, levels, places):
+    store, offered = empty(places), []
+    for new in stream(1, 15, 5, levels=levels):
+        store = offer(store, new, form)
+        offered.append(new)
+        scores = torch.cat([s for s, _ in offered], -1)
+        positions = torch.cat([p for _, p in offered], -1)
+        for b in range(2):
+            for h in range(3):
+                pairs = zip(scores[b, h].tolist(), positions[b, h].tolist(), strict=True)
+                best = sorted(((-s, p) for s, p in pairs if s > -torch.inf))[:places]
+                kept = {p for p in store[1][b, h].tolist() if p >= 0}
+                assert kept == {p for _, p in best}
+
+
+@pytest.mark.parametrize("levels", [None, 1, 3], ids=["distinct", "ties", "some ties"])
+def test_fast_form_agrees_with_the_reference_place_by_place(levels):
+    slow = fast = empty(8)
+    for new in stream(2, 30, 5, levels=levels):
+        slow, fast = offer(slow, new, "reference"), offer(fast, new, "fast")
+        assert torch.equal(slow[1], fast[1]) and torch.equal(slow[0], fast[0])
+
+
+def test_places_fill_from_zero_upwards():
+    store = empty(9)
+    for n, new in enumerate(stream(3, 3, 3)):
+        store = offer(store, (new[0].nan_to_num(neginf=0.0), new[1]), "fast")
+        assert (store[1][..., : 3 * (n + 1)] >= 0).all()
+        assert (store[1][..., 3 * (n + 1) :] == -1).all()
+
+
+def test_bins_double_so_that_sixteen_cover_the_stream():
+    position = torch.arange(1, 200_000, 37)
+    span = bin_span(position, 4)
+    assert ((position - 1) // span).max() < NUM_BINS
+    assert (span % 4 == 0).all() and (span.diff() >= 0).all()
+    tight = span > 4
+    assert (position[tight] >= NUM_BINS * span[tight] // 2).all()
+
+
+def test_quota_keeps_a_share_of_every_span_when_one_stretch_is_loud():
+    places, size = 32, 4
+    store = empty(places, 1, 1)
+    plain = empty(places, 1, 1)
+    for n, (score, position) in enumerate(stream(4, 128, size, 1, 1)):
+        score = score.nan_to_num(neginf=-5.0) + (100.0 if 40 <= n < 60 else 0.0)
+        span = bin_span(torch.tensor([(n + 1) * size]), size)
+        store = offer(store, (score, position), "reference", span)
+        plain = offer(plain, (score, position), "reference")
+    loud = range(40 * size, 60 * size)
+    assert all(p in loud for p in plain[1].flatten().tolist())
+    bins = torch.bincount(
+        store[1].flatten() // bin_span(torch.tensor([128 * size]), size), minlength=16
+    )
+    assert (bins[:16] >= places // NUM_BINS).all()

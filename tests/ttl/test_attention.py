@@ -1,0 +1,175 @@
+"""Attention over window and store against a token-by-token twin built from lists."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from wakesleep.kernels.rotary import rotary_table, rotate
+from wakesleep.ttl.attention import ROTARY_BASE, TAPS
+from wakesleep.ttl.checks import assert_causal
+from wakesleep.ttl.model import ModelConfig, TTLModel
+from wakesleep.ttl.state import SPAN, SPAN_AFTER
+from wakesleep.ttl.store import StoreConfig, hash_uniform
+
+W, C, S, T, VOCAB = 8, 4, 6, 45, 31
+
+
+@pytest.fixture(scope="module")
+def model() -> TTLModel:
+    torch.manual_seed(3)
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=1,
+        num_heads=2,
+        head_dim=16,
+        mlp_dim=16,
+        window=W,
+        chunk=C,
+        num_persistent=1,
+        memory_layers=(),
+        store_layers=(0,),
+        store=StoreConfig(capacity=S, hidden=8),
+    )
+    model = TTLModel(config).double()
+    with torch.no_grad():
+        attention = model.blocks[0].attention
+        attention.size_gain += torch.tensor([0.3, -0.1])
+        attention.sink += torch.tensor([0.5, -0.5])
+    return model
+
+
+def twin(attention, x):
+    """Attention values [T, H * K] of one lane's x [T, D], one query at a time, from lists."""
+    H, K, R = attention.num_heads, attention.head_dim, attention.rotary_dims
+    raw = attention.qkv(x)
+    padded = torch.cat([raw.new_zeros(TAPS - 1, raw.shape[1]), raw])
+    qkv = sum(padded[j : j + len(x)] * attention.taps[:, j] for j in range(TAPS))
+    q, k, v = qkv.view(-1, 3, H, K).unbind(1)
+    q = torch.nn.functional.rms_norm(q, (K,), eps=1e-6) * attention.q_gain
+    k = torch.nn.functional.rms_norm(k, (K,), eps=1e-6) * attention.k_gain
+    score = attention.store.head(x).float()
+    turns = rotary_table(W + C + S, R, ROTARY_BASE, q)
+    store = [[] for _ in range(H)]  # positions kept by each head
+    out = []
+    for t in range(len(x)):
+        chunk = t // C
+        if t % C == 0 and chunk > W // C:  # a boundary was crossed: the oldest chunk competes
+            leaving = range(t - W - C, t - W)
+            for h in range(H):
+                pool = sorted([*store[h], *leaving])
+                pool.sort(key=lambda p, h=h: -score[p, h].item())
+                store[h] = sorted(pool[:S])
+        window = range(max(0, chunk * C - W), t + 1)
+        for h in range(H):
+            seen = 1 + len(window) + len(store[h])
+            scale = (1 + attention.size_gain[h] * math.log(seen)) / math.sqrt(K)
+            logits, values = [attention.sink[h]], [v.new_zeros(K)]
+            logits.append(scale * q[t, h] @ attention.persistent[0, h])
+            values.append(attention.persistent[1, h])
+            newest_first = sorted(store[h], reverse=True)
+            near = [(p, t - p) for p in window]
+            far = [(p, W + C + r) for r, p in enumerate(newest_first)]
+            for p, distance in near + far:
+                turned = rotate(q[t, h, :R], turns[distance])
+                logits.append(scale * (turned @ k[p, h, :R] + q[t, h, R:] @ k[p, h, R:]))
+                values.append(v[p, h])
+            out.append(torch.softmax(torch.stack(logits), 0) @ torch.stack(values))
+    return torch.stack(out).view(len(x), H * K)
+
+
+@torch.no_grad()
+def test_values_equal_those_of_a_token_by_token_twin(model):
+    x = torch.randint(VOCAB, (1, T), generator=torch.Generator().manual_seed(5))
+    seen = []
+    attention = model.blocks[0].attention
+    hooks = [
+        attention.register_forward_pre_hook(lambda _m, a: seen.append(a[0])),
+        attention.out.register_forward_pre_hook(lambda _m, a: seen.append(a[0])),
+    ]
+    model(x, model.init_state(1))
+    for hook in hooks:
+        hook.remove()
+    assert (twin(attention, seen[0][0]) - seen[1][0]).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_stored_pairs_carry_their_positions_and_the_ids_around_them(model):
+    x = torch.randint(VOCAB, (2, T), generator=torch.Generator().manual_seed(6))
+    _, state, _ = model(x[:, :17], model.init_state(2))
+    _, state, _ = model(x[:, 17:], state)
+    store = state.blocks[0].store
+    assert (store.position >= 0).all()
+    for b, h, s in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(S)).tolist():
+        p = int(store.position[b, h, s])
+        first = p - (SPAN - SPAN_AFTER - 1)
+        boundary = (p // C) * C + W + C  # what had been read when the token left the window
+        expected = [int(x[b, i]) if 0 <= i < boundary else -1 for i in range(first, first + SPAN)]
+        assert store.span[b, h, s].tolist() == expected
+
+
+@torch.no_grad()
+def test_distances_stay_bounded_however_long_the_stream(model):
+    attention, longest = model.blocks[0].attention, []
+    original = attention._turns
+    attention._turns = lambda *a: longest.append(len(original(*a))) or original(*a)
+    state = model.init_state(1)
+    for i in range(40):
+        x = torch.randint(VOCAB, (1, C), generator=torch.Generator().manual_seed(i))
+        _, state, _ = model(x, state)
+    del attention._turns
+    assert set(longest) == {W + C + S}
+
+
+@torch.no_grad()
+def test_spread_ranks_change_the_read_and_keep_it_causal(model):
+    x = torch.randint(VOCAB, (2, 2, T), generator=torch.Generator().manual_seed(8))
+    table = torch.tensor([[0, 3, 4, 9, 20, 31], [1, 2, 3, 5, 8, 13]])
+    state = model.init_state(2)
+    step = lambda tokens, state: model(tokens, state, rank_table=table)  # noqa: E731
+    assert_causal(step, state, x[0], x[1], [5, 30], atol=1e-12)
+    plain = model(x[0], state, rank_table=torch.arange(S).expand(2, S))[0]
+    assert torch.equal(plain, model(x[0], state)[0])
+    assert not torch.equal(plain, step(x[0], state)[0])
+
+
+@torch.no_grad()
+def test_read_mass_of_a_lane_is_booked_on_the_pairs_that_were_read(model):
+    x = torch.randint(VOCAB, (2, T), generator=torch.Generator().manual_seed(9))
+    weight = torch.zeros(2, T)
+    _, silent, _ = model(x, model.init_state(2), read_weight=weight)
+    assert (silent.blocks[0].store.mass == 0).all()
+    weight[0, -1] = 1.0
+    _, state, _ = model(x, model.init_state(2), read_weight=weight)
+    mass = state.blocks[0].store.mass
+    assert (mass[1] == 0).all() and (mass[0] > 0).all() and (mass[0].sum(-1) < 1).all()
+
+
+def test_reservoir_hash_is_uniform_and_differs_by_lane_and_seed():
+    position = torch.arange(20_000)
+    u = [hash_uniform(position, torch.tensor(b), s) for b, s in ((0, 0), (1, 0), (0, 1))]
+    for a in u:
+        counts = torch.histc(a, 10, 0, 1)
+        assert (counts - 2000).abs().max() < 200 and a.min() >= 0 and a.max() < 1
+    assert abs(torch.corrcoef(torch.stack(u))[0, 1:]).max() < 0.03
+
+
+@pytest.mark.parametrize("bad", ["batch", "id", "float", "shape", "lengths"])
+def test_input_that_does_not_fit_is_refused_with_a_reason(model, bad):
+    tokens, lengths = torch.zeros(2, 5, dtype=torch.int64), None
+    match bad:
+        case "batch":
+            tokens, word = tokens[:1], "batch 1"
+        case "id":
+            tokens, word = tokens + VOCAB, f"0 to {VOCAB - 1}"
+        case "float":
+            tokens, word = tokens.float(), "int64"
+        case "shape":
+            tokens, word = tokens[0], r"\[B, T\]"
+        case "lengths":
+            lengths, word = torch.tensor([6, 0]), "from 0 to 5"
+    with pytest.raises(ValueError, match=word):
+        model(tokens, model.init_state(2), lengths)

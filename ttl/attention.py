@@ -1,0 +1,253 @@
+"""Attention over window and store in one softmax, chunk by chunk.
+
+During a chunk the window shows the W tokens before it and the chunk itself, and the store is
+frozen. When a chunk is complete, the oldest chunk of the window leaves it and competes for the
+store's places. So a token is in exactly one place: window, store, or dropped.
+
+No position grows with the stream: window keys are rotated by their slot in the frame of the call,
+and the stored pair of rank r (newest = 0) is always read from the distance W + C + r.
+
+Shapes: B lanes, T tokens, H heads, K head width, W window, C chunk, N chunks, G = N * C slots,
+S places, D model width, R rotary dimensions, L visible places.
+Sources: queries and keys with RMSNorm and learned gains, HOLA section 3.5 (arXiv 2607.02303);
+logits scaled with the log of the number of visible keys, as in SSMax (arXiv 2501.19399).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep.kernels.convolution import short_convolution
+from wakesleep.kernels.rotary import rotary_table
+from wakesleep.kernels.softmax_read import (
+    softmax_read,
+    widen_query,
+    widen_window_key,
+)
+from wakesleep.ttl.grid import Grid, carry, gather, scatter
+from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, WindowState
+from wakesleep.ttl.store import ExactStore, StoreConfig, StoreReader, candidates, z_scores
+
+TAPS = 4  # of the short convolution on q, k, v
+ROTARY_BASE = 10_000.0
+
+
+class AttentionInput(NamedTuple):
+    """What a call knows about its tokens besides their hidden states."""
+
+    live: Tensor  # [B, T] bool: inside the lane's length and finite
+    ids: Tensor  # [B, SPAN + W + G] int64 token ids of the frame and SPAN before it; -1 = none
+    lane: Tensor  # [B] int64
+    read_weight: Tensor | None  # [B, T] how much each query's reads count as read mass
+    rank_table: Tensor | None  # [B, S] int64 increasing distances of the ranks, None = 0..S-1
+
+
+class WindowAttention(nn.Module):
+    """Sliding-window attention with an optional exact store behind the window."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        chunk: int,
+        num_persistent: int,
+        store: StoreConfig | None,
+    ) -> None:
+        """num_persistent: learned pairs that every query sees (Titans section 3.3)."""
+        super().__init__()
+        self.num_heads, self.head_dim, self.chunk = num_heads, head_dim, chunk
+        self.rotary_dims = head_dim // 4 // 2 * 2
+        inner = num_heads * head_dim
+        self.qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.taps = nn.Parameter(torch.zeros(3 * inner, TAPS))
+        self.q_gain = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.k_gain = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.sink = nn.Parameter(torch.zeros(num_heads))
+        self.size_gain = nn.Parameter(torch.zeros(num_heads))
+        # [keys, values]; read like stored keys at distance 0
+        pairs = torch.randn(2, num_heads, num_persistent, head_dim) * 0.02
+        self.persistent = nn.Parameter(pairs) if num_persistent else None
+        self.num_persistent = num_persistent
+        self.out = nn.Linear(inner, dim, bias=False)
+        self.store = ExactStore(store, dim, num_heads, head_dim) if store else None
+        self.fast = True  # False: the readable reference also without gradients
+        nn.init.normal_(self.qkv.weight, std=dim**-0.5)
+        nn.init.normal_(self.taps, std=0.02)
+        with torch.no_grad():
+            self.taps[:, -1] += 1.0  # starts as the identity
+
+    def init_state(
+        self, batch: int, window: int, capacity: int
+    ) -> tuple[WindowState, StoreState | None]:
+        """The state of lanes that have read nothing."""
+        like = self.qkv.weight.detach()
+        slots = (batch, window + self.chunk)
+        pair = like.new_zeros(*slots, self.num_heads, self.head_dim)
+        state = WindowState(
+            k=pair,
+            v=pair.clone(),
+            live=torch.zeros(slots, dtype=torch.bool, device=like.device),
+            score=torch.zeros(*slots, self.num_heads, device=like.device),
+            tail=like.new_zeros(batch, TAPS - 1, self.qkv.out_features),
+        )
+        if self.store is None:
+            return state, None
+        return state, self.store.init_state(batch, capacity, like)
+
+    def forward(
+        self,
+        x: Tensor,
+        window: WindowState,
+        store: StoreState | None,
+        grid: Grid,
+        given: AttentionInput,
+        surprise: Tensor | None = None,
+    ) -> tuple[Tensor, WindowState, StoreState | None]:
+        """Read x [B, T, D]; returns values [B, T, D] and the next states.
+
+        surprise: [B, H, T] write strength of the block's memory, for the scores that need it.
+        """
+        C, W = self.chunk, window.live.shape[1] - self.chunk
+        q, k, v, tail = self._project(x, window.tail, grid)
+        opened = WindowState(*(t[:, W:] for t in window[:4]), tail)
+        live = scatter(grid, given.live, opened.live)
+        score, store = self._score(x, grid, given, live, opened, store, surprise)
+        slots = (scatter(grid, k, opened.k), scatter(grid, v, opened.v), live, score)
+        frame = WindowState(
+            *(torch.cat([a[:, :W], b], 1) for a, b in zip(window[:4], slots, strict=True)), tail
+        )
+        weight = self._read_weight(x, given.read_weight)
+        if weight is not None:
+            weight = scatter(grid, weight, weight.new_zeros(weight.shape[0], C))
+        q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
+        values, frame, store = self._read_chunks(q, frame, store, grid, given, weight)
+        state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)
+        return self.out(gather(grid, values, x.shape[1])), state, store
+
+    @property
+    def _scores_by_mass(self) -> bool:
+        return self.store is not None and self.store.config.score == "mass"
+
+    def _project(self, x: Tensor, tail: Tensor, grid: Grid):
+        """q, k (RMS-normalised, not rotated) and v, each [B, T, H, K]."""
+        qkv, tail = short_convolution(self.qkv(x), self.taps, tail, grid.lengths)
+        q, k, v = qkv.view(*x.shape[:2], 3, self.num_heads, self.head_dim).unbind(2)
+        norm = nn.functional.rms_norm
+        q = norm(q, (self.head_dim,), eps=1e-6) * self.q_gain
+        k = norm(k, (self.head_dim,), eps=1e-6) * self.k_gain
+        return q, k, v, tail
+
+    def _score(self, x, grid: Grid, given, live, opened, store, surprise):
+        """Scores of all slots [B, G, H], and the store with the moments of the last boundary."""
+        if store is None:
+            return x.new_zeros(*live.shape, self.num_heads, dtype=torch.float32), None
+        first = (grid.position + grid.phase)[:, None]
+        position = first + torch.arange(x.shape[1], device=x.device)
+        raw = self.store.score(x, position, given.lane, surprise)
+        score = scatter(grid, raw, opened.score)
+        if self.store.config.score == "residual_z":
+            score, moments = z_scores(score, opened.score, store.moments, live, grid)
+            store = store._replace(moments=moments)
+        return score, store
+
+    def _read_weight(self, x: Tensor, read_weight: Tensor | None) -> Tensor | None:
+        if read_weight is None and self._scores_by_mass:
+            return torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        return read_weight
+
+    def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight):
+        """The chunk loop: read with the store frozen, then let the oldest chunk leave the window.
+
+        q: [B, G, H, K]; frame: W + G slots; weight: [B, G] or None.
+        Returns values [B, G, H * K], the frame with its read mass, and the store.
+        """
+        C, N = grid.chunk, grid.num_chunks
+        W = frame.live.shape[1] - N * C
+        q, k, v = (t.transpose(1, 2) for t in (q, frame.k, frame.v))  # [B, H, slots, K]
+        turns = self._turns(W + C, N, store, given.rank_table)
+        q = widen_query(q, turns[W : W + N * C])
+        k = widen_window_key(k, turns[: W + N * C])
+        fast = self.fast and not torch.is_grad_enabled()
+        reader = None
+        if store is not None:
+            head = 1 + self.num_persistent + W + C if fast else None
+            far = turns[W + C :]
+            reader = StoreReader(self.store.config, store, far, given.rank_table, head)
+        values, score = [], frame.score
+        for n in range(N):
+            at = slice(n * C, n * C + W + C)  # what the window shows during chunk n
+            here = slice(n * C, (n + 1) * C)
+            live = frame.live[:, at]
+            y, p = self._read_chunk(q[:, :, here], k[:, :, at], v[:, :, at], live, reader)
+            values.append(y)
+            if weight is not None:
+                mass = torch.einsum("bhcl,bc->bhl", p.detach().float(), weight[:, here].float())
+                score = self._count_mass(mass, score, at, reader)
+            if reader is not None and bool((grid.closed > n).any()):
+                new = self._candidates(frame._replace(score=score), n, grid, given)
+                reader.admit(new, grid.position + (n + 1) * C, C)
+        values = torch.cat(values, 2).transpose(1, 2).flatten(2)
+        return values, frame._replace(score=score), reader.state if reader else None
+
+    def _turns(self, near: int, num_chunks: int, store, rank_table) -> Tensor:
+        """Rotations of all distances of this call: the frame, then the store's ranks."""
+        longest = near + self.chunk * num_chunks
+        if store is not None:
+            ranks = store.position.shape[-1] if rank_table is None else int(rank_table.max()) + 1
+            longest = max(longest, near + ranks)
+        return rotary_table(longest, self.rotary_dims, ROTARY_BASE, self.q_gain)
+
+    def _read_chunk(self, q, k, v, live, reader):
+        """Read one chunk: q [B, H, C, R + K] against sink, persistent pairs, window and store."""
+        B, H, C, _ = q.shape
+        first = 1 + self.num_persistent
+        keys, values = [k.new_zeros(B, H, 1, k.shape[-1])], [v.new_zeros(B, H, 1, v.shape[-1])]
+        if self.persistent is not None:
+            always_k, always_v = self.persistent.expand(B, -1, -1, -1, -1).unbind(1)
+            keys.append(nn.functional.pad(always_k, (self.rotary_dims, 0)))
+            values.append(always_v)
+        keys.append(k)
+        values.append(v)
+        seen = first - 1 + live.cumsum(1)[:, -C:]  # [B, C] keys up to each query
+        dead = None if bool(live.all()) else nn.functional.pad(~live, (first, 0))[:, None]
+        if reader is None or not reader.used:
+            keys, values = torch.cat(keys, 2), [torch.cat(values, 2)]
+        else:
+            keys, values = reader.keys(keys), [torch.cat(values, 2), reader.values]
+            seen = seen + reader.count[:, None]
+            if dead is not None or not reader.full:
+                dead = nn.functional.pad(~live, (first, 0))[:, None].expand(-1, H, -1)
+                dead = torch.cat([dead, reader.empty], -1)
+        scale = 1 + self.size_gain[:, None] * seen.clamp(min=1).log()[:, None].to(q.dtype)
+        q = q * (scale * self.head_dim**-0.5)[..., None]
+        causal_at = first + k.shape[2] - C
+        return softmax_read(q, keys, values, self.sink, causal_at, dead)
+
+    def _count_mass(self, mass: Tensor, score: Tensor, at: slice, reader) -> Tensor:
+        """Book a chunk's read mass [B, H, L]: the store's in the store, the window's in score."""
+        first = 1 + self.num_persistent
+        end = first + at.stop - at.start
+        if reader is not None and reader.used:
+            reader.add_mass(mass[..., end:], into_score=self._scores_by_mass)
+        if not self._scores_by_mass:
+            return score
+        window = mass[..., first:end].transpose(1, 2)
+        return torch.cat([score[:, : at.start], score[:, at] + window, score[:, at.stop :]], 1)
+
+    def _candidates(self, frame: WindowState, n: int, grid: Grid, given: AttentionInput):
+        """The chunk that leaves the window when chunk n is complete, as C places of a store."""
+        C = self.chunk
+        W = frame.live.shape[1] - grid.num_chunks * C
+        at = slice(n * C, (n + 1) * C)
+        offset = torch.arange(at.start, at.stop, device=frame.k.device) - W
+        position = grid.position[:, None] + offset
+        # ids of the spans, none from beyond the boundary: they would depend on the cut
+        known = given.ids[:, at.start + SPAN_AFTER + 1 : SPAN + at.start + W + C]
+        known = nn.functional.pad(known, (0, C + SPAN - 1), value=-1)[:, : C + SPAN - 1]
+        enters = frame.live[:, at] & (position >= 0) & (grid.closed > n)[:, None]
+        leaving = (t[:, at] for t in (frame.k, frame.v, frame.score))
+        return candidates(*leaving, enters, position, known)

@@ -1,0 +1,113 @@
+"""Chunk grid: where the tokens of one call fall among the chunks of their lanes.
+
+Lane b has read `position[b]` tokens, so its open chunk holds `phase = position % C` of them. A call
+brings `lengths[b]` more. Laid out on a grid of N whole chunks that starts with the open chunk, all
+lanes have their boundaries in the same places, whatever their phases: that is what lets ragged
+lanes share every matrix product, and what makes the result independent of where calls are cut.
+
+    open chunk         new tokens of the call            not there yet
+    [o o o o n n n n] [n n n n n n n n] [n n n . . . . .]
+
+Shapes: B lanes, T tokens of the call, C chunk, N chunks, G = N * C slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    chunk: int  # C
+    num_chunks: int  # N
+    phase: Tensor  # [B] int64 tokens in the open chunk before the call
+    lengths: Tensor  # [B] int64 tokens that the call brings
+    position: Tensor  # [B] int64 position of slot 0 since the lane's reset
+    aligned: bool  # every lane starts at a boundary and ends at one: reshaping is enough
+
+    @property
+    def end(self) -> Tensor:
+        """[B] int64: first slot that is still empty after the call."""
+        return self.phase + self.lengths
+
+    @property
+    def closed(self) -> Tensor:
+        """[B] int64: chunks that are complete after the call."""
+        return self.end // self.chunk
+
+    def fresh(self) -> Tensor:
+        """[B, G] bool: slots of tokens that this call brings."""
+        slots = self._slots()
+        return (slots >= self.phase[:, None]) & (slots < self.end[:, None])
+
+    def _slots(self) -> Tensor:
+        return torch.arange(self.num_chunks * self.chunk, device=self.phase.device)
+
+
+def make_grid(position: Tensor, lengths: Tensor, chunk: int, num_tokens: int) -> Grid:
+    """The grid of a call of `num_tokens` columns; position and lengths are [B]."""
+    phase = position % chunk
+    end = phase + lengths
+    num_chunks = max(1, -(-int(end.max()) // chunk))
+    aligned = bool((phase == 0).all() and (lengths == num_tokens).all()) and (
+        num_tokens == num_chunks * chunk
+    )
+    return Grid(chunk, num_chunks, phase, lengths, position - phase, aligned)
+
+
+def scatter(grid: Grid, x: Tensor, opened: Tensor) -> Tensor:
+    """Put call tokens x [B, T, ...] behind the open chunk's `opened` [B, C, ...]: [B, G, ...].
+
+    Slots that hold nothing yet are zero (False).
+    """
+    if grid.aligned:
+        return x
+    B, T = x.shape[:2]
+    G = grid.num_chunks * grid.chunk
+    slots = torch.arange(G, device=x.device)
+    column = (slots - grid.phase[:, None]).clamp(0, max(T - 1, 0))  # [B, G]
+    if T == 0:
+        out = x.new_zeros(B, G, *x.shape[2:])
+    else:
+        out = _rows(x, column)
+        out = torch.where(_like(grid.fresh(), out), out, out.new_zeros(()))
+    old = slots[: grid.chunk] < grid.phase[:, None]
+    head = torch.where(_like(old, opened), opened, out[:, : grid.chunk])
+    return torch.cat([head, out[:, grid.chunk :]], 1)
+
+
+def gather(grid: Grid, y: Tensor, num_tokens: int) -> Tensor:
+    """Take the call's tokens out of the grid: y [B, G, ...] to [B, T, ...].
+
+    Columns beyond a lane's length hold some slot's value; nobody may read them.
+    """
+    if grid.aligned:
+        return y
+    columns = grid.phase[:, None] + torch.arange(num_tokens, device=y.device)
+    return _rows(y, columns.clamp(max=y.shape[1] - 1))
+
+
+def carry(grid: Grid, y: Tensor, before: int = 0) -> Tensor:
+    """The open chunk after the call, with `before` slots in front of it: [B, before + C, ...].
+
+    y: [B, before + G, ...], slots of the grid preceded by `before` older ones.
+    """
+    width = before + grid.chunk
+    spare = torch.cat([y, y.new_zeros(y.shape[0], grid.chunk, *y.shape[2:])], 1)
+    first = grid.closed * grid.chunk
+    if grid.aligned:  # every lane closed all chunks
+        start = grid.num_chunks * grid.chunk
+        return spare[:, start : start + width]
+    return _rows(spare, first[:, None] + torch.arange(width, device=y.device))
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, M, ...] at rows index [B, G] of each lane: [B, G, ...]."""
+    index = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.view(*mask.shape, *[1] * (x.dim() - 2))

@@ -1,0 +1,256 @@
+"""The model: a decoder that reads a stream segment by segment and carries an explicit state.
+
+    logits, state, stats = model(tokens, state)
+
+Shapes: B lanes, T tokens of the call, V vocabulary, D model width, W window, C chunk, S places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep.ttl.attention import AttentionInput, WindowAttention
+from wakesleep.ttl.block import Block
+from wakesleep.ttl.grid import carry, make_grid, scatter
+from wakesleep.ttl.memory import MemoryConfig, NeuralMemory
+from wakesleep.ttl.state import (
+    SPAN,
+    BlockState,
+    FastState,
+    ProbeState,
+    RecentState,
+    StreamState,
+    merge,
+)
+from wakesleep.ttl.store import StoreConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    vocab_size: int = 4096  # V
+    dim: int = 192  # D
+    num_layers: int = 4
+    num_heads: int = 3
+    head_dim: int = 64  # K
+    mlp_dim: int = 512  # hidden width of the SwiGLU feed-forward
+    window: int = 256  # W of a new stream, tokens before the open chunk
+    chunk: int = 64  # C, tokens per write and boundary; part of the model
+    combine: Literal["mac", "mag", "mal"] = "mag"
+    memory_layers: tuple[int, ...] = (1,)  # layers with a neural memory
+    store_layers: tuple[int, ...] = (2,)  # layers with an exact store
+    num_persistent: int = 0  # learned pairs that every query sees
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    def __post_init__(self) -> None:
+        limits = {
+            "vocab_size": (16, 2**20),
+            "dim": (8, 16384),
+            "num_layers": (1, 256),
+            "num_heads": (1, 256),
+            "head_dim": (4, 1024),
+            "mlp_dim": (8, 2**17),
+            "window": (1, 2**17),
+            "chunk": (1, 4096),
+            "num_persistent": (0, 4096),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"{name} must be between {low} and {high}, got {getattr(self, name)}"
+                )
+        if self.window % self.chunk:
+            raise ValueError(
+                f"window must be a multiple of chunk {self.chunk}, got {self.window}; "
+                f"the nearest is {max(1, round(self.window / self.chunk)) * self.chunk}"
+            )
+        for name in ("memory_layers", "store_layers"):
+            for layer in getattr(self, name):
+                if not 0 <= layer < self.num_layers:
+                    raise ValueError(f"{name} counts from 0 to {self.num_layers - 1}, got {layer}")
+        if self.store.score.startswith("residual"):
+            alone = sorted(set(self.store_layers) - set(self.memory_layers))
+            if alone:
+                raise ValueError(
+                    f"store.score={self.store.score} needs a neural memory in the store's layers; "
+                    f"add {alone} to memory_layers"
+                )
+
+
+class StepStats(NamedTuple):
+    surprise: Tensor  # [B, T] float32 write strength, mean over the layers with a memory
+    written: Tensor  # [B, T] float32 share of the memory layers that wrote the token
+    nonfinite: Tensor  # [B] int64 rows that were masked in this call
+
+
+class TTLModel(nn.Module):
+    """Decoder with window, exact store and neural memory; all that it remembers is in the state."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(self._block(i) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+        for block in self.blocks:
+            nn.init.normal_(block.mlp_in.weight, std=config.dim**-0.5)
+            for last in (block.mlp_out, block.attention.out):
+                fan = last.in_features * 2 * config.num_layers
+                nn.init.normal_(last.weight, std=fan**-0.5)
+
+    def _block(self, index: int) -> Block:
+        c = self.config
+        store = c.store if index in c.store_layers else None
+        heads = (c.dim, c.num_heads, c.head_dim, c.chunk)
+        attention = WindowAttention(*heads, c.num_persistent, store)
+        memory = None
+        if index in c.memory_layers:
+            memory = NeuralMemory(c.memory, *heads)
+        return Block(c.dim, c.mlp_dim, c.combine, attention, memory)
+
+    def init_state(
+        self, batch: int, *, window: int | None = None, capacity: int | None = None
+    ) -> StreamState:
+        """The state of `batch` lanes that have read nothing.
+
+        Args:
+            window: W, a multiple of the chunk; the config's if None.
+            capacity: S, places of the store per layer and head; the config's if None.
+        """
+        c = self.config
+        window = c.window if window is None else window
+        capacity = c.store.capacity if capacity is None else capacity
+        if batch < 1 or window < 1 or window % c.chunk or capacity < 1:
+            raise ValueError(
+                f"init_state needs batch >= 1, window a multiple of chunk {c.chunk} and "
+                f"capacity >= 1, got batch {batch}, window {window}, capacity {capacity}"
+            )
+        weight = self.embedding.weight
+        long = {"dtype": torch.int64, "device": weight.device}
+        fast = torch.zeros(batch, 0, c.head_dim, c.head_dim, device=weight.device)
+        page = weight.new_zeros(batch, 0, 2, c.num_heads, c.head_dim)
+        blocks = []
+        for block in self.blocks:
+            seen = block.attention.init_state(batch, window, capacity)
+            memory = block.memory.init_state(batch) if block.memory is not None else None
+            blocks.append(BlockState(*seen, memory, FastState(fast, fast.clone()), page))
+        nothing = torch.zeros(batch, 0, **long)
+        return StreamState(
+            blocks=tuple(blocks),
+            position=torch.zeros(batch, **long),
+            lane=torch.arange(batch, **long),
+            ids=torch.full((batch, SPAN + window + c.chunk), -1, **long),
+            nonfinite=torch.zeros(batch, **long),
+            recent=RecentState(nothing, nothing.clone(), weight.new_zeros(batch, 0, c.dim)),
+            probes=ProbeState(
+                nothing.clone(),
+                torch.zeros(batch, 0, SPAN, dtype=torch.int32, device=weight.device),
+            ),
+        )
+
+    def reset(self, state: StreamState, lanes: Tensor) -> StreamState:
+        """Start the lanes marked in `lanes` [B] bool afresh; the others stay as they are."""
+        store = next((b.store for b in state.blocks if b.store is not None), None)
+        fresh = self.init_state(
+            state.position.shape[0],
+            window=self.window_of(state),
+            capacity=None if store is None else store.position.shape[-1],
+        )
+        return merge(lanes, fresh._replace(lane=state.lane), state)
+
+    def window_of(self, state: StreamState) -> int:
+        """W of this state: it may differ from the config's."""
+        return state.ids.shape[1] - SPAN - self.config.chunk
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: StreamState,
+        lengths: Tensor | None = None,
+        *,
+        read_weight: Tensor | None = None,
+        rank_table: Tensor | None = None,
+        head: bool = True,
+    ) -> tuple[Tensor, StreamState, StepStats]:
+        """Read tokens [B, T] int64; lane b consumes its first lengths[b] (all T if None).
+
+        Args:
+            read_weight: [B, T] how much what each query reads counts in the store's `mass`.
+            rank_table: [B, S] int64, increasing: distances of the stored ranks (spread in
+                training, so that every distance of a long stream is a trained one).
+            head: False returns the final hidden states instead of logits.
+
+        Returns:
+            logits [B, T, V] (or hidden states [B, T, D]), state, StepStats. Rows at and after a
+            lane's length mean nothing.
+
+        Raises:
+            ValueError: tokens, lengths and state do not fit each other or the vocabulary.
+        """
+        B, T = self._check(tokens, state, lengths)
+        if lengths is None:
+            lengths = torch.full((B,), T, dtype=torch.int64, device=tokens.device)
+        inside = torch.arange(T, device=tokens.device) < lengths[:, None]
+        tokens = torch.where(inside, tokens, 0)
+        grid = make_grid(state.position, lengths, self.config.chunk, T)
+        before = SPAN + self.window_of(state)
+        ids = torch.cat([state.ids[:, :before], scatter(grid, tokens, state.ids[:, before:])], 1)
+        given = AttentionInput(inside, ids, state.lane, read_weight, rank_table)
+        x = self.embedding(tokens) * self.config.dim**0.5
+        blocks, stats = [], []
+        for block, part in zip(self.blocks, state.blocks, strict=True):
+            x, part, seen = block(x, part, grid, given)
+            blocks.append(part)
+            stats.append(seen)
+        nonfinite = sum(s.nonfinite for s in stats)
+        state = state._replace(
+            blocks=tuple(blocks),
+            position=state.position + lengths,
+            ids=carry(grid, ids, before=before),
+            nonfinite=state.nonfinite + nonfinite,
+        )
+        x = self.norm(x)
+        if head:
+            x = nn.functional.linear(x, self.embedding.weight)
+        return x, state, StepStats(*_mean_stats(stats, inside), nonfinite)
+
+    def _check(self, tokens: Tensor, state: StreamState, lengths: Tensor | None):
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens must be int64 [B, T], got {tokens.dtype} {tuple(tokens.shape)}"
+            )
+        B, T = tokens.shape
+        if state.position.shape[0] != B:
+            raise ValueError(
+                f"tokens have batch {B} but the state has batch {state.position.shape[0]}; "
+                f"call init_state({B}) or select lanes of the state"
+            )
+        if (
+            tokens.numel()
+            and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size
+        ):
+            raise ValueError(
+                f"token ids must be from 0 to {self.config.vocab_size - 1}, got "
+                f"{int(tokens.min())} to {int(tokens.max())}; use this model's tokenizer"
+            )
+        if lengths is not None and (
+            lengths.shape != (B,) or bool(((lengths < 0) | (lengths > T)).any())
+        ):
+            raise ValueError(f"lengths must be [{B}] with values from 0 to {T}, got {lengths}")
+        return B, T
+
+
+def _mean_stats(stats: list, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Surprise and written share, averaged over the layers with a memory."""
+    nothing = torch.zeros(inside.shape, dtype=torch.float32, device=inside.device)
+    found = [s for s in stats if s.surprise is not None]
+    if not found:
+        return nothing, nothing
+    surprise = sum(s.surprise for s in found) / len(found)
+    written = sum(s.written.float() for s in found) / len(found)
+    return surprise, written

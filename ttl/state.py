@@ -1,0 +1,166 @@
+"""The state of a stream: a tree of NamedTuples whose tensors all start with the lane.
+
+Everything that a model remembers is in this tree, and nothing of it is anywhere else: a call takes
+a state and returns the next one. The functions below work on the whole tree; a part that a model
+does not have is None.
+
+Shapes: B lanes, H heads, K head width, W window, C chunk, P page (open tokens of a memory),
+S store places, D model width, R convolution taps minus one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+SPAN = 32  # token ids kept around every stored pair
+SPAN_AFTER = 12  # of these, ids that follow the pair's own token
+
+Tree = TypeVar("Tree")
+
+
+class WindowState(NamedTuple):
+    """Short-term memory: the last W tokens before the open chunk, then the open chunk itself."""
+
+    k: Tensor  # [B, W + C, H, K] keys, not rotated
+    v: Tensor  # [B, W + C, H, K]
+    live: Tensor  # [B, W + C] bool: a token is there and was finite
+    score: Tensor  # [B, W + C, H] float32, what the store will admit it by
+    tail: Tensor  # [B, R, 3 * H * K] last inputs of the short convolution
+
+
+class StoreState(NamedTuple):
+    """Exact memory: S places per head; places are overwritten, order is told by `position`."""
+
+    k: Tensor  # [B, H, S, K]
+    v: Tensor  # [B, H, S, K]
+    score: Tensor  # [B, H, S] float32, -inf where empty
+    mass: Tensor  # [B, H, S] float32, attention mass read from the pair since it was admitted
+    position: Tensor  # [B, H, S] int64, since the lane's reset; -1 where empty
+    span: Tensor  # [B, H, S, SPAN] int32 token ids around the pair; -1 where there was no token
+    moments: Tensor  # [B, H, 3] float32: count, mean, variance of the raw scores before this chunk
+
+
+class MemoryState(NamedTuple):
+    """Long-term memory: fast weights, their momentum and the page that is still open."""
+
+    weights: tuple[Tensor, ...]  # per layer of the memory, [B, H, out, in] float32
+    momentum: tuple[Tensor, ...]  # same shapes; empty tuple without momentum
+    k: Tensor  # [B, H, P, K] float32 keys of the open page
+    v: Tensor  # [B, H, P, K] float32
+    gates: Tensor  # [B, H, P, 3] float32: keep, momentum, raw step of the open page
+    written: Tensor  # [B, P] bool: the token takes part in the write
+    tail: Tensor  # [B, R, 3 * H * K] last inputs of the short convolution
+    surprise: Tensor  # [B, 2] float32: sum of weights and running mean, up to the last boundary
+    open_surprise: Tensor  # [B, P] float32, surprise of the open page
+
+
+class FastState(NamedTuple):
+    """Fast weights that are read awake and written asleep; zero heads in a model without them."""
+
+    s: Tensor  # [B, H or 0, K, K] float32
+    covariance: Tensor  # [B, H or 0, K, K] float32
+
+
+class BlockState(NamedTuple):
+    window: WindowState
+    store: StoreState | None
+    memory: MemoryState | None
+    fast: FastState
+    page: Tensor  # [B, P, 2, H, K] keys and values of what MAC read for the open page; else P = 0
+
+
+class RecentState(NamedTuple):
+    """The last L tokens with their final hidden states, for recurrent sleep; L = 0 without it."""
+
+    ids: Tensor  # [B, L] int64
+    position: Tensor  # [B, L] int64
+    hidden: Tensor  # [B, L, D]
+
+
+class ProbeState(NamedTuple):
+    """Pairs set aside to test every sleep with, never replayed; N = 0 without sleep."""
+
+    position: Tensor  # [B, N] int64
+    span: Tensor  # [B, N, SPAN] int32
+
+
+class StreamState(NamedTuple):
+    blocks: tuple[BlockState, ...]
+    position: Tensor  # [B] int64 tokens read since the lane's last reset
+    lane: Tensor  # [B] int64 number of the lane, kept by reset (for the reservoir's hash)
+    ids: Tensor  # [B, W + C + SPAN] int64, the window's token ids and SPAN before; -1 = none
+    nonfinite: Tensor  # [B] int64 rows that were masked since the reset
+    recent: RecentState
+    probes: ProbeState
+
+
+def map_state(fn: Callable[..., Tensor], state: Tree, *others: Tree) -> Tree:
+    """Apply `fn` to every tensor of `state` (and to its partners in `others`)."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return fn(state, *others)
+    parts = [map_state(fn, *row) for row in zip(state, *others, strict=True)]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+
+def named_tensors(state: Tree, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (dotted name, tensor) in a fixed order."""
+    if isinstance(state, Tensor):
+        yield prefix, state
+    elif state is not None:
+        names = getattr(state, "_fields", None) or [str(i) for i in range(len(state))]
+        for name, part in zip(names, state, strict=True):
+            yield from named_tensors(part, f"{prefix}.{name}" if prefix else name)
+
+
+def flatten(state: Tree) -> dict[str, Tensor]:
+    """The tensors of `state` by dotted name, for saving."""
+    return dict(named_tensors(state))
+
+
+def unflatten(like: Tree, tensors: dict[str, Tensor]) -> Tree:
+    """Build a tree of the form of `like` from the tensors that `flatten` gave.
+
+    Raises:
+        ValueError: names differ from those of `like`.
+    """
+    names = [name for name, _ in named_tensors(like)]
+    if set(names) != set(tensors):
+        odd = sorted(set(names) ^ set(tensors))[:3]
+        raise ValueError(f"tensors do not fit this state: missing or unknown {odd}")
+    order = iter(names)
+    return map_state(lambda _: tensors[next(order)], like)
+
+
+def detach(state: Tree) -> Tree:
+    """The same numbers without their history: the gradient stops here."""
+    return map_state(Tensor.detach, state)
+
+
+def select(state: Tree, lanes: Tensor) -> Tree:
+    """The lanes with the numbers `lanes` [n] int64, in that order."""
+    return map_state(lambda t: t.index_select(0, lanes), state)
+
+
+def merge(lanes: Tensor, new: Tree, old: Tree) -> Tree:
+    """Lane b of `new` where `lanes[b]` (bool [B]), of `old` elsewhere."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(lanes.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    return map_state(pick, new, old)
+
+
+def to(state: Tree, device: torch.device | str) -> Tree:
+    """The state on another device; dtypes stay."""
+    return map_state(lambda t: t.to(device), state)
+
+
+def nbytes(state: Tree) -> int:
+    """Bytes of all tensors of the state."""
+    return sum(t.numel() * t.element_size() for _, t in named_tensors(state))

@@ -1,0 +1,324 @@
+"""Exact store: a bounded number of key-value pairs, kept verbatim, chosen by a score.
+
+The store is the window's long arm. A token that leaves the window competes for one of S places per
+head by a score that was fixed when it was read; what loses is gone. `WindowAttention` reads window
+and store in one softmax.
+
+Shapes: B lanes, T tokens, H heads, K head width, S places, C chunk, D model width.
+Sources: score "residual" is HOLA's beta * ||e|| (arXiv 2607.02303, section 3); "mass" is the read
+mass of H2O (arXiv 2306.14048); the learned head follows LTE (arXiv 2510.20787) with a teacher of
+its own, see `ExactStore.score`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep.kernels.admission import Admission, admit_fast, admit_reference, bin_span
+from wakesleep.kernels.softmax_read import widen_stored_key
+from wakesleep.ttl.grid import Grid
+from wakesleep.ttl.state import SPAN, StoreState
+
+HORIZON = 2048.0  # tokens that the running mean and variance of raw scores look back
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    capacity: int = 2048  # S, places per head of a new stream
+    score: Literal["learned", "residual", "residual_z", "recency", "reservoir", "mass"] = "learned"
+    quota: bool = False  # 16 spans of the stream with a share of the places each
+    hidden: int = 64  # width of the admission head
+    seed: int = 0  # of the reservoir
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.capacity <= 2**20:
+            raise ValueError(f"store.capacity must be between 1 and {2**20}, got {self.capacity}")
+        if not 1 <= self.hidden <= 4096:
+            raise ValueError(f"store.hidden must be between 1 and 4096, got {self.hidden}")
+
+
+class ExactStore(nn.Module):
+    """Scores tokens and keeps the best; it holds no state, only the admission head."""
+
+    def __init__(self, config: StoreConfig, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        if config.score == "learned":
+            self.head = nn.Sequential(
+                nn.Linear(dim, config.hidden), nn.SiLU(), nn.Linear(config.hidden, num_heads)
+            )
+
+    def init_state(self, batch: int, capacity: int, like: Tensor) -> StoreState:
+        """An empty store of `capacity` places per head, in the dtype and device of `like`."""
+        heads = (batch, self.num_heads)
+        moments = torch.tensor([0.0, 0.0, 1.0], device=like.device).repeat(*heads, 1)
+        pair = like.new_zeros(*heads, 0, self.head_dim)
+        number = torch.zeros(*heads, 0, device=like.device)
+        position = number.long()
+        span = torch.zeros(*heads, 0, SPAN, dtype=torch.int32, device=like.device)
+        nothing = StoreState(pair, pair, number, number, position, span, moments)
+        return empty_store(nothing, capacity)
+
+    def score(self, x: Tensor, position: Tensor, lane: Tensor, surprise: Tensor | None) -> Tensor:
+        """Score of every token [B, T, H] float32, from its block input x [B, T, D].
+
+        The learned head predicts the logit of "a query from beyond the window will read this
+        token". It sees a detached x, so that its teacher (the read mass that tokens in fact
+        received) trains the head alone; selection itself passes no gradient. "residual_z" is
+        returned raw, see `z_scores`; "mass" starts at 0 and is counted by the reader.
+
+        Args:
+            position: [B, T] int64 since the reset; lane: [B] int64.
+            surprise: [B, H, T] write strength of the block's neural memory, for "residual".
+
+        Raises:
+            ValueError: the score needs a neural memory and the block has none.
+        """
+        B, T, _ = x.shape
+        match self.config.score:
+            case "learned":
+                return self.head(x.detach()).float()
+            case "residual" | "residual_z":
+                if surprise is None:
+                    raise ValueError(
+                        f"store.score={self.config.score} needs a neural memory in the same block; "
+                        "list the layer in memory_layers too, or use store.score=learned"
+                    )
+                return surprise.detach().float().transpose(1, 2)
+            case "recency":
+                return position[..., None].expand(B, T, self.num_heads).float()
+            case "reservoir":
+                uniform = hash_uniform(position, lane[:, None], self.config.seed)
+                return uniform[..., None].expand(B, T, self.num_heads)
+            case "mass":
+                return x.new_zeros(B, T, self.num_heads, dtype=torch.float32)
+
+
+class StoreReader:
+    """The store during one call: its keys in the form in which they are read, and its boundaries.
+
+    The state that it was made from is never changed. The fast form (no gradients) clones the
+    tensors at the first admission and from then on overwrites places in place, and keeps the keys
+    of a query's whole view (window, then store) in one buffer; the reference makes new tensors at
+    every boundary, which autograd can follow.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        state: StoreState,
+        turns: Tensor,
+        rank_table: Tensor | None,
+        head: int | None,
+    ) -> None:
+        """A reader of `state`.
+
+        Args:
+            turns: [at least S, 2, R // 2] rotation of each distance, rank 0 first.
+            rank_table: [B, S] int64 distance of each rank, None = the rank itself.
+            head: for the fast form, the number of keys in front of the store's; None = reference.
+        """
+        self.config, self.state, self.fast = config, state, head is not None
+        self.turns, self.rank_table = turns, rank_table
+        self.owned = False
+        if self.fast:
+            B, H, S, K = state.k.shape
+            self.head = head
+            self.buffer = state.k.new_empty(B, H, head + S, K + 2 * turns.shape[-1])
+        self._refresh()
+
+    def keys(self, window: list[Tensor]) -> Tensor:
+        """The keys of a chunk's view [B, H, L, R + K]: the `window` keys, then the store's."""
+        if not self.fast:
+            return torch.cat([*window, self.stored], 2)
+        torch.cat(window, 2, out=self.buffer[:, :, : self.head])
+        return self.buffer[:, :, : self.head + self.used]
+
+    @property
+    def capacity(self) -> int:
+        return self.state.position.shape[-1]
+
+    def admit(self, new: StoreState, end: Tensor, chunk: int) -> None:
+        """Let the candidates `new` (places = the chunk that leaves; -inf = must not enter) compete.
+
+        end: [B] int64 tokens read at this boundary.
+        """
+        old = self.state
+        if self.config.quota:
+            span = bin_span(end, chunk)
+            chosen = admit_reference(old.score, old.position, new.score, new.position, span)
+        elif self.fast:
+            if not bool((new.score.amax(-1) > old.score.amin(-1)).any()):
+                return
+            chosen = admit_fast(old.score, self.rank, new.score)
+        else:
+            chosen = admit_reference(old.score, old.position, new.score, new.position, None)
+        fields = old._asdict()
+        for name in ("k", "v", "score", "mass", "position", "span"):
+            target = fields[name].clone() if self.fast and not self.owned else fields[name]
+            fields[name] = put(target, getattr(new, name), chosen, inplace=self.fast)
+        self.owned = True
+        self.state = StoreState(**fields)
+        self._refresh()
+
+    def add_mass(self, mass: Tensor, into_score: bool) -> None:
+        """Count attention mass [B, H, used] that was read from the stored pairs."""
+        mass = nn.functional.pad(mass, (0, self.capacity - mass.shape[-1]))
+        score = self.state.score + mass if into_score else self.state.score
+        self.state = self.state._replace(mass=self.state.mass + mass, score=score)
+
+    def _refresh(self) -> None:
+        """Recompute what follows from the positions: order, fill, and the rotated keys."""
+        position = self.state.position
+        self.rank = order_rank(position)
+        self.count = (position[:, 0] >= 0).sum(-1)  # [B]; heads fill alike
+        self.used = int(self.count.max())
+        self.full = bool((self.count == self.used).all())
+        distance = self.rank[..., : self.used]
+        if self.rank_table is not None:
+            table = self.rank_table[:, None].expand(-1, distance.shape[1], -1)
+            distance = table.gather(-1, distance)
+        turn = self.turns[distance]  # [B, H, used, 2, R // 2]
+        stored = widen_stored_key(self.state.k[:, :, : self.used], turn)
+        if self.fast:
+            self.buffer[:, :, self.head : self.head + self.used] = stored
+        else:
+            self.stored = stored
+
+    @property
+    def values(self) -> Tensor:
+        return self.state.v[:, :, : self.used]
+
+    @property
+    def empty(self) -> Tensor:
+        """[B, H, used] bool: places below `used` that hold nothing (other lanes are fuller)."""
+        return self.state.position[:, :, : self.used] < 0
+
+
+def empty_store(like: StoreState, capacity: int) -> StoreState:
+    """A store of `capacity` empty places for the lanes and heads of `like`, with its moments."""
+
+    def filled(t: Tensor, value: float) -> Tensor:
+        return t.new_full((*t.shape[:2], capacity, *t.shape[3:]), value)
+
+    return StoreState(
+        k=filled(like.k, 0),
+        v=filled(like.v, 0),
+        score=filled(like.score, -torch.inf),
+        mass=filled(like.mass, 0),
+        position=filled(like.position, -1),
+        span=filled(like.span, -1),
+        moments=like.moments,
+    )
+
+
+def candidates(
+    k: Tensor, v: Tensor, score: Tensor, enters: Tensor, position: Tensor, ids: Tensor
+) -> StoreState:
+    """Tokens that leave the window, as the places of a store that competes with the real one.
+
+    Args:
+        k, v: [B, C, H, K]; score: [B, C, H].
+        enters: [B, C] bool, False for what is no token or may not enter yet.
+        position: [B, C] int64, ascending.
+        ids: [B, C + SPAN - 1] token ids; row i of the spans begins at column i.
+    """
+    H = k.shape[2]
+    score = torch.where(enters[..., None], score, -torch.inf).transpose(1, 2)
+    around = ids.unfold(1, SPAN, 1).to(torch.int32)
+    return StoreState(
+        k=k.transpose(1, 2),
+        v=v.transpose(1, 2),
+        score=score,
+        mass=torch.zeros_like(score),
+        position=position[:, None].expand(-1, H, -1),
+        span=around[:, None].expand(-1, H, -1, -1),
+        moments=score.new_zeros(()),
+    )
+
+
+def hash_uniform(position: Tensor, lane: Tensor, seed: int) -> Tensor:
+    """A number in [0, 1) for every (position, lane, seed): the finaliser of splitmix64."""
+    z = position * -7046029254386353131 + lane * 0x2545F4914F6CDD1D + seed * 0x632BE59BD9B4E019
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ _shift_right(z, shift)) * factor
+    z = z ^ _shift_right(z, 31)
+    return _shift_right(z, 40).float() * 2.0**-24
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64 bit patterns (>> keeps the sign)."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)
+
+
+def order_rank(position: Tensor) -> Tensor:
+    """Rank of every stored pair [B, H, S] by position, newest = 0; empty places come last."""
+    order = position.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def put(target: Tensor, source: Tensor, admission: Admission, inplace: bool) -> Tensor:
+    """Write admitted rows of source [B, H, C, ...] over freed rows of target [B, H, S, ...]."""
+
+    def rows(x: Tensor, index: Tensor) -> Tensor:
+        index = index.view(*index.shape, *[1] * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:])
+        return index
+
+    place = rows(target, admission.place)
+    valid = admission.valid.view(*admission.valid.shape, *[1] * (target.dim() - 3))
+    new = source.gather(2, rows(source, admission.candidate)).to(target.dtype)
+    new = torch.where(valid, new, target.gather(2, place))
+    return target.scatter_(2, place, new) if inplace else target.scatter(2, place, new)
+
+
+def z_scores(raw: Tensor, opened: Tensor, moments: Tensor, live: Tensor, grid: Grid):
+    """Normalise raw scores by the lane's running mean and deviation before each token's chunk.
+
+    Args:
+        raw: [B, G, H] raw scores, in the slots of the call's tokens.
+        opened: [B, C, H] scores of the open chunk, already normalised.
+        moments: [B, H, 3] running count, mean and variance at the last boundary.
+        live: [B, G] bool.
+
+    Returns:
+        scores [B, G, H] and the moments at the last boundary of the call.
+    """
+    C = grid.chunk
+    fresh, out = grid.fresh(), []
+    for n in range(grid.num_chunks):
+        here = slice(n * C, (n + 1) * C)
+        mean, scale = moments[:, None, :, 1], (moments[:, None, :, 2] + 1e-6).sqrt()
+        z = (raw[:, here] - mean) / scale
+        if n == 0:
+            z = torch.where(fresh[:, here, None], z, opened)
+        out.append(z)
+        closed = (grid.closed > n)[:, None, None]
+        moments = torch.where(closed, update_moments(moments, z, live[:, here]), moments)
+    return torch.cat(out, 1), moments
+
+
+def update_moments(moments: Tensor, z: Tensor, live: Tensor) -> Tensor:
+    """Moments [B, H, 3] after a chunk whose z-scores [B, C, H] count where `live` [B, C].
+
+    z was taken with the old mean and deviation, so the raw moments of the chunk follow from it.
+    """
+    count, mean, variance = moments.unbind(-1)  # [B, H]
+    weight = live[..., None].to(z.dtype)
+    n = weight.sum(1)
+    z = torch.where(live[..., None], z, z.new_zeros(()))
+    z_mean = z.sum(1) / n.clamp(min=1)
+    z_square = z.square().sum(1) / n.clamp(min=1)
+    scale = (variance + 1e-6).sqrt()
+    old = count.clamp(max=HORIZON)
+    share = n / (old + n).clamp(min=1)
+    step = scale * z_mean
+    chunk_variance = scale.square() * (z_square - z_mean.square()).clamp(min=0)
+    merged = variance + share * (chunk_variance - variance) + share * (1 - share) * step.square()
+    return torch.stack([count + n, mean + share * step, merged], -1)
