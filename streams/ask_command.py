@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer one question, or those that are typed until the end of input."""
     folder, question, overrides = _sort(arguments.items)
     console = Console(json=arguments.json, quiet=arguments.quiet)
+    if console.json and question is None:
+        raise Refused("--json needs a question", "", 'wakesleep ask DIR "question" --json')
 
     from wakesleep.streams.session import Session
 
@@ -49,18 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
     if question is not None:
         _answer(session, question, console)
         return 0
-    if console.json:
-        raise Refused("--json needs a question", "", 'wakesleep ask DIR "question" --json')
     _prompt(session, console)
     return 0
 
 
 def answer_text(answer: dict[str, Any], with_passages: bool = True) -> str:
     """An answer for people: the text, how sure it is, and where it was read."""
+    text, sure = shortened(answer["answer"], 300), f"confidence {answer['confidence']:.2f}"
     if answer["known"]:
-        lines = [f"{shortened(answer['answer'], 300)}   (confidence {answer['confidence']:.2f})"]
+        lines = [f"{text}   ({sure})"]
     else:
-        lines = [f"not known   (confidence {answer['confidence']:.2f})"]
+        lines = [f"not known   ({sure}{f'; a guess: {text}' if text else ''})"]
     if with_passages:
         for passage in answer["passages"][:PASSAGES]:
             text = shortened(passage["text"].strip(), PASSAGE_WIDTH)
@@ -108,7 +109,7 @@ def _prompt(session: Any, console: Console) -> None:
 
 def _kinds() -> str:
     """One question of every kind that the shipped model was trained to answer."""
-    from wakesleep.streams.facts import FAMILIES, TRAINED_KINDS
+    from wakesleep.streams.families import FAMILIES, TRAINED_KINDS
 
     questions = {
         FAMILIES[kind].questions[0].format(e=FAMILIES[kind].entity.upper())

@@ -42,7 +42,7 @@ FLAGS = {
     "--print-config": {"action": "store_true"},
     "--dry-run": {"action": "store_true"},
 }
-REFUSAL_LINES = 3
+LEADS = ("wakesleep: ", "  ", "  ")  # of the lines of a message: there are no more
 LINE_WIDTH = 300  # a path or a message of somebody else's may be endless
 
 
@@ -144,16 +144,18 @@ def _report(error: BaseException, debug: bool) -> int:
     refused = isinstance(error, ValueError)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if not refused:
-        lines = [f"failed: {_in_words(error)}", *lines[1 : REFUSAL_LINES - 1]]
+        lines = [f"failed: {_in_words(error)}", *lines[1 : len(LEADS) - 1]]
         lines.append("--debug shows where.")
-    for line, lead in zip(lines[:REFUSAL_LINES], ("wakesleep: ", "  ", "  "), strict=False):
+    for lead, line in zip(LEADS, lines, strict=False):
         print(lead + shortened(line, LINE_WIDTH), file=sys.stderr)
     return 2 if refused else 1
 
 
 def _in_words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, OSError | RuntimeError) and first:
+    if isinstance(error, RuntimeError) and first:
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 

@@ -42,12 +42,13 @@ def load_config(
     Raises:
         Refused: a file that cannot be read, an unknown key, a wrong type, a value out of bounds.
     """
+    call = "in the arguments" if isinstance(overrides, Mapping) else "on the command line"
     if not isinstance(overrides, Mapping):
         overrides = split_overrides(overrides)
     layers = {
         "session": (session or {}, "in session.json"),
         "file": (_read_yaml(Path(yaml)) if yaml is not None else {}, f"in {yaml}"),
-        "command line": (overrides, "on the command line"),
+        "command line": (overrides, call),
     }
     kinds = dict(_leaves(schema))
     values: dict[str, Any] = {}
@@ -117,6 +118,15 @@ def to_yaml(config: Any, origins: Mapping[str, str] | None = None) -> str:
     return "".join(f"{line:<{width}}  # {origins[key]}\n" for key, line in lines.items())
 
 
+def nearest_file(path: Path) -> Path | None:
+    """The entry of the same folder with the most similar name, None if there is none."""
+    if not path.parent.is_dir():
+        return None
+    names = [entry.name for entry in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return path.parent / close[0] if close else None
+
+
 def _fields(config: Any) -> Iterator[tuple[str, Any]]:
     return ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
 
@@ -150,7 +160,9 @@ def _parse(key: str, raw: Any, kinds: Mapping[str, Any], where: str) -> Any:
     if kind is None:
         if _free_group(key, kinds):
             return parse_literal(raw)
-        raise Refused(f"{key}: no such key{_nearest(key, kinds)}", where, _way_out(key, kinds))
+        near = _nearest(key, kinds)
+        remedy = "" if near else "All keys and their values: --print-config"
+        raise Refused(f"{key}: no such key{near}", where, remedy)
     group = group_of(kind)
     if group is not None and not (raw is None or str(raw).lower() == "none"):
         names = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(group))
@@ -169,15 +181,13 @@ def _free_group(key: str, kinds: Mapping[str, Any]) -> str | None:
 
 
 def _nearest(key: str, kinds: Mapping[str, Any]) -> str:
-    names = {known.rpartition(".")[2]: known for known in kinds} | {k: k for k in kinds}
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6) or difflib.get_close_matches(
-        key.rpartition(".")[2], names, n=1, cutoff=0.6
-    )
-    return f"; did you mean {names[close[0]]}?" if close else ""
-
-
-def _way_out(key: str, kinds: Mapping[str, Any]) -> str:
-    return "" if _nearest(key, kinds) else "All keys and their values: --print-config"
+    """The key that was probably meant; the last part of a dotted key is enough to find it."""
+    tails = {known.rpartition(".")[2]: known for known in reversed(list(kinds))}
+    names = tails | {known: known for known in kinds}
+    for text in (key, key.rpartition(".")[2]):
+        if close := difflib.get_close_matches(text, names, n=1):
+            return f"; did you mean {names[close[0]]}?"
+    return ""
 
 
 def _build(
@@ -239,7 +249,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     if not path.is_file():
-        near = _neighbour(path)
+        near = nearest_file(path)
         raise Refused(f"{path}: no such file", remedy=f"Did you mean {near}?" if near else "")
     if path.stat().st_size > MAX_YAML_BYTES:
         raise Refused(f"{path}: larger than {MAX_YAML_BYTES:,} bytes, so no YAML of settings")
@@ -251,12 +261,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(layer, dict):
         raise Refused(f"{path}: expected keys with values, not a list")
     return layer
-
-
-def _neighbour(path: Path) -> Path | None:
-    """The file in the same folder with the most similar name."""
-    if not path.parent.is_dir():
-        return None
-    names = [entry.name for entry in path.parent.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return path.parent / close[0] if close else None

@@ -18,7 +18,7 @@ _MARKS = (
 def check_encoding(encoding: str) -> None:
     """Refuse a name that Python does not know as a text encoding."""
     try:
-        b"".decode(encoding)
+        b"text".decode(encoding, errors="replace")
         codecs.getincrementaldecoder(encoding)
     except (LookupError, ValueError) as error:
         raise Refused(

@@ -84,13 +84,13 @@ class _GzipStream:
 
     def __init__(self):
         self._inner = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        self.needs_input = True
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        piece = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
-        # A full piece may leave output inside zlib even when all input is consumed.
-        self.needs_input = not self._inner.unconsumed_tail and len(piece) < max_length
-        return piece
+        return self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
 
     @property
     def eof(self) -> bool:

@@ -113,7 +113,7 @@ def _loudest(store: StoreState, foreign: list[tuple[int, int]], count: int) -> R
 
 
 def _compete(store: StoreState, ring: Ring, order: Tensor, first: Tensor) -> StoreState:
-    """The best of the stored pairs and the ring's pairs `order` [B, n], positions from first [B]."""
+    """The best of the stored pairs and of `order` [B, n] of the ring, positions from first [B]."""
     places = store.score.shape[2]
     given = (order >= 0)[:, None, :]  # [B, 1, n]
     index = order.clamp(min=0)
@@ -129,8 +129,7 @@ def _compete(store: StoreState, ring: Ring, order: Tensor, first: Tensor) -> Sto
     best = both[2].detach().topk(places, dim=2).indices
 
     def pick(x: Tensor) -> Tensor:
-        return x.gather(
-            2, best.view(*best.shape, *[1] * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:])
-        )
+        index = best.view(*best.shape, *[1] * (x.dim() - 3))
+        return x.gather(2, index.expand(-1, -1, -1, *x.shape[3:]))
 
     return StoreState(*(pick(x) for x in both), moments=store.moments)

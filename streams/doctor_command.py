@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ wakesleep doctor [--json]
 Looks at versions, at the device that device=auto takes, at threads and at the
 memory allocator, and checks that the bundled model and document are complete.
 Exit code 1 if something is wrong; the lines under "Problems" say what to do.
+--quiet with --json: only the object. --debug: tracebacks.
 
 The memory allocator: on Linux, stream, ask and train restart themselves once,
 under the same process id, with GLIBC_TUNABLES set so that memory pages are
@@ -58,7 +60,7 @@ def examine() -> dict[str, Any]:
 
     versions = {name: _version(name) for name in PACKAGES}
     files = {name: _bundled(name) for name in BUNDLED}
-    clash = torchvision_clash(versions["torchvision"], versions["torch"])
+    clash = torchvision_clash()
     missing = [f"{name} is missing from the installation" for name in files if not files[name]]
     return {
         "versions": versions,
@@ -75,20 +77,19 @@ def examine() -> dict[str, Any]:
     }
 
 
-def torchvision_clash(torchvision: str | None, torch: str | None) -> str | None:
+def torchvision_clash() -> str | None:
     """Name the cure where an installed torchvision was built for another torch.
 
     Such a one breaks `import lightning`: torchmetrics imports it and it fails at its operators.
     """
+    torch, torchvision = _version("torch"), _version("torchvision")
     if torchvision is None:
         return None
     try:
-        import torchvision as _  # noqa: F401
+        importlib.import_module("torchvision")
     except (RuntimeError, ImportError, OSError):
-        return (
-            f"torchvision {torchvision} does not match torch {torch}; "
-            "run: pip uninstall torchvision"
-        )
+        what = f"torchvision {torchvision} does not match torch {torch}"
+        return f"{what}; run: pip uninstall torchvision"
     return None
 
 
@@ -176,18 +177,20 @@ def _bundled(name: str) -> dict[str, Any] | None:
 
 
 def _document_problems(files: dict[str, Any]) -> list[str]:
-    """The document's own description says which file it describes."""
+    """The description of the document has the hash of its text."""
     import json
+    import lzma
+    from hashlib import file_digest
 
     if not (files["document.txt.xz"] and files["document.json"]):
         return []
     told = json.loads((_data_folder() / "document.json").read_text(encoding="utf-8"))
-    if (
-        told.get("file_sha256", files["document.txt.xz"]["sha256"])
-        == (files["document.txt.xz"]["sha256"])
-    ):
-        return []
-    return ["document.txt.xz is damaged: its hash is not the one in document.json; install again"]
+    try:
+        with lzma.open(_data_folder() / "document.txt.xz") as text:
+            intact = file_digest(text, "sha256").hexdigest() == told["sha256"]
+    except (lzma.LZMAError, EOFError):
+        intact = False
+    return [] if intact else ["document.txt.xz is damaged; install wakesleep again"]
 
 
 def _data_folder() -> Path:

@@ -12,174 +12,29 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from wakesleep.streams.families import FAMILIES, HELD_OUT_KINDS, KINDS, TRAINED_KINDS, Family
 from wakesleep.streams.words import load_words, split_of
 
+__all__ = [
+    "FAMILIES",
+    "HELD_OUT_KINDS",
+    "KINDS",
+    "TRAINED_KINDS",
+    "Fact",
+    "FactMaker",
+    "Plant",
+    "make_facts",
+    "make_unplanted",
+    "parse_kinds",
+    "plan_plants",
+]
+
 YOUNGEST = 1_000  # tokens between the youngest answer and the end of the document
+TRIES = 10_000  # draws before the names of a split count as used up
 CANONICAL = 0.5  # share of statements and questions in their family's first wording
 MONTHS = (
     "January February March April May June July August September October November December"
 ).split()
-
-
-class Family(NamedTuple):
-    """How one kind of fact is said; {e} is the entity, {v} the value, {a} the value's a or an.
-
-    In every statement the value follows its entity: a reader that goes from left to right can
-    bind the two only in this order.
-    """
-
-    entity: str
-    value: str
-    statements: tuple[str, ...]
-    questions: tuple[str, ...]
-    changes: tuple[str, ...] = ()
-
-
-RESIDENCE = Family(
-    "person",
-    "city",
-    (
-        "{e} lives in {v}.",
-        "{e} has a house in {v}.",
-        "The home of {e} is in {v}.",
-        "{e} is a resident of {v}.",
-    ),
-    (
-        "Where does {e} live?",
-        "In which city does {e} live?",
-        "Where is the home of {e}?",
-    ),
-    ("{e} has moved to {v}.", "{e} now lives in {v}.", "{e} has settled in {v}."),
-)
-FAMILIES = {
-    "pass_code": Family(
-        "thing",
-        "code",
-        (
-            "The pass code of the {e} is {v}.",
-            "The {e} opens with the pass code {v}.",
-            "To enter the {e}, use the pass code {v}.",
-            "The pass code for the {e} was set to {v}.",
-        ),
-        (
-            "What is the pass code of the {e}?",
-            "Which pass code opens the {e}?",
-            "With which pass code can one enter the {e}?",
-        ),
-        (
-            "The pass code of the {e} has been changed to {v}.",
-            "The new pass code of the {e} is {v}.",
-        ),
-    ),
-    "residence": RESIDENCE,
-    "changed": RESIDENCE,
-    "profession": Family(
-        "person",
-        "job",
-        (
-            "{e} works as {a} {v}.",
-            "{e} is {a} {v} by profession.",
-            "The profession of {e} is {v}.",
-            "{e} earns a living as {a} {v}.",
-        ),
-        (
-            "What is the profession of {e}?",
-            "What does {e} do for a living?",
-            "As what does {e} work?",
-        ),
-        ("{e} has become {a} {v}.", "{e} now works as {a} {v}."),
-    ),
-    "birthday": Family(
-        "person",
-        "date",
-        (
-            "{e} was born on {v}.",
-            "The date of birth of {e} is {v}.",
-            "{e} came into the world on {v}.",
-        ),
-        (
-            "When was {e} born?",
-            "What is the date of birth of {e}?",
-            "On which day did {e} come into the world?",
-        ),
-    ),
-    "owner": Family(
-        "animal",
-        "person",
-        (
-            "The {e} belongs to {v}.",
-            "The owner of the {e} is {v}.",
-            "The {e} was bought by {v}.",
-        ),
-        (
-            "Who owns the {e}?",
-            "To whom does the {e} belong?",
-            "Who is the owner of the {e}?",
-        ),
-        ("The {e} has been sold to {v}.", "The {e} now belongs to {v}."),
-    ),
-    "hiding_place": Family(
-        "thing",
-        "thing",
-        (
-            "The key to the {e} is hidden in the {v}.",
-            "The key to the {e} lies under the {v}.",
-            "For the {e} there is a key behind the {v}.",
-        ),
-        (
-            "Where is the key to the {e} hidden?",
-            "Where is the key to the {e}?",
-            "In what place is there a key for the {e}?",
-        ),
-        ("The key to the {e} has been moved to the {v}.", "The key to the {e} is now in the {v}."),
-    ),
-    "favourite_colour": Family(
-        "person",
-        "colour",
-        (
-            "The favourite colour of {e} is {v}.",
-            "{e} likes {v} more than any other colour.",
-            "Of all colours {e} loves {v} best.",
-        ),
-        (
-            "What is the favourite colour of {e}?",
-            "Which colour does {e} like best?",
-            "What colour does {e} love?",
-        ),
-        ("The favourite colour of {e} is now {v}.", "{e} has come to prefer {v}."),
-    ),
-    "cargo": Family(
-        "ship",
-        "goods",
-        (
-            "The ship {e} carries {v}.",
-            "The cargo of the ship {e} consists of {v}.",
-            "On board the ship {e} there is a load of {v}.",
-        ),
-        (
-            "What does the ship {e} carry?",
-            "What is the cargo of the ship {e}?",
-            "What is the load of the ship {e}?",
-        ),
-    ),
-    "extension": Family(
-        "person",
-        "extension",
-        (
-            "The telephone extension of {e} is {v}.",
-            "To telephone {e}, ask for extension {v}.",
-            "{e} can be reached at extension {v}.",
-        ),
-        (
-            "What is the telephone extension of {e}?",
-            "At which extension can {e} be reached?",
-            "For which extension must one ask to telephone {e}?",
-        ),
-    ),
-}
-KINDS = tuple(FAMILIES)
-HELD_OUT_KINDS = ("cargo", "extension")
-TRAINED_KINDS = tuple(kind for kind in KINDS if kind not in HELD_OUT_KINDS)
 
 
 class Fact(NamedTuple):
@@ -249,22 +104,34 @@ class FactMaker:
         question = _fill(self._wording(FAMILIES[kind].questions), entity)
         return Fact(kind, (), question, None, entity, ())
 
+    def note(self, fact: Fact) -> None:
+        """Take a fact from elsewhere for an earlier one of these."""
+        family = FAMILIES[fact.kind]
+        first, _, last = fact.entity.partition(" ")
+        self._remember(family, (first, last))
+
     def _wording(self, wordings: tuple[str, ...]) -> str:
         return wordings[0] if self.draw.random() < CANONICAL else self.draw.choice(wordings)
 
     def _entity(self, family: Family) -> str:
         """Draw an entity that is new to `family`, and new at all unless it is a shared one."""
-        earlier = self._entities.setdefault(family.entity, [])
-        while True:
+        earlier = self._entities.get(family.entity, [])
+        for _ in range(TRIES):
             if earlier and self.draw.random() < self.shared:
                 entity, asked = self.draw.choice(earlier), family
             else:
                 entity, asked = self._new_entity(family.entity, earlier), None
             if (asked, entity) not in self._known:
-                break
+                self._remember(family, entity)
+                return " ".join(entity)
+        raise ValueError(
+            f"the {self.split} split has hardly a {family.entity} left after {len(earlier):,}; "
+            "ask for fewer facts"
+        )
+
+    def _remember(self, family: Family, entity: tuple[str, str]) -> None:
         self._known |= {(family, entity), (None, entity)}
-        earlier.append(entity)
-        return " ".join(entity)
+        self._entities.setdefault(family.entity, []).append(entity)
 
     def _new_entity(self, what: str, earlier: Sequence[tuple[str, str]]) -> tuple[str, str]:
         first, last = self._pair(what)
@@ -334,7 +201,7 @@ def make_facts(
     The same arguments always give the same facts.
 
     Raises:
-        ValueError: a negative count, no kinds, an unknown kind or split.
+        ValueError: a negative count or more facts than names, no kinds, an unknown kind or split.
     """
     maker, order = _maker_and_kinds(count, seed, kinds, split)
     return [maker.planted(kind, changes=int(kind == "changed")) for kind in order]
@@ -345,20 +212,16 @@ def make_unplanted(
 ) -> list[Fact]:
     """Make as many questions as `facts`, all about entities of which none of them says anything.
 
-    Half of the entities have one word in common with another one of these questions.
+    Half of the entities have a word in common with one of the facts or of the other questions.
 
     Raises:
         ValueError: no kinds, an unknown kind or split.
     """
     maker, order = _maker_and_kinds(len(facts), seed, kinds, split)
     maker.similar = 0.5
-    told = {fact.entity.lower() for fact in facts}
-    questions: list[Fact] = []
-    while len(questions) < len(facts):
-        question = maker.unplanted(order[len(questions)])
-        if question.entity.lower() not in told:
-            questions.append(question)
-    return questions
+    for fact in facts:
+        maker.note(fact)
+    return [maker.unplanted(kind) for kind in order]
 
 
 def plan_plants(

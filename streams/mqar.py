@@ -48,9 +48,10 @@ class MQAR:
         """One sequence per lane.
 
         Returns:
-            tokens [B, T] int64; weight [B, T] float32, 1 where the token is an answer; and of each
-            of the N answers int64 [N]: answer_lane, answer_start, answer_stop (the columns of its
-            tokens), answer_age (tokens since the pair) and answer_kind.
+            tokens [B, T] int64; weight [B, T] float32, 1 where the token is an answer; fact [B, T]
+            bool, the values in their pairs; and of each of the N answers int64 [N]: answer_lane,
+            answer_start, answer_stop (the columns of its tokens), answer_age (tokens since the
+            pair) and answer_kind.
         """
         rng = np.random.default_rng((self.seed, step))
         P, Q, T = self.config.pairs, self.config.queries, self.sequence_len
@@ -70,10 +71,13 @@ class MQAR:
         tokens[lane, column + 1] = values[lane, asked]
         weight = np.zeros((lanes, T), np.float32)
         weight[lane, column + 1] = 1.0
+        fact = np.zeros((lanes, T), bool)
+        fact[:, 1 : 2 * P : 2] = True
         start = (column + 1).ravel()
         return {
             "tokens": tokens,
             "weight": weight,
+            "fact": fact,
             "answer_lane": np.repeat(np.arange(lanes), Q),
             "answer_start": start,
             "answer_stop": start + 1,

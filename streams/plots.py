@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY, INK = "#2660a4", "#c4661f", "#9a9a9a", "#222222"  # told apart in print too
 SHADES = ("#2660a4", "#7fa9d6", "#c4661f", "#e6b08a")  # one per layer, and again
 CURVES = (("bits_per_byte", "bits per byte", BLUE), ("surprise", "surprise", ORANGE))
+STORE = re.compile(r"blocks\.(\d+)\.store\.position$")  # a tensor of a snapshot
 SIZE = (8.0, 4.5)  # inches
 DPI = 130
 BINS = 100  # of the stream, in the picture of the store
@@ -46,10 +48,12 @@ def draw_plots(folder: Path) -> list[Path]:
 
     Reads `metrics.jsonl`, `summary.json` and the snapshot that `session.json` names.
     """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     state = folder / json.loads((folder / "session.json").read_text(encoding="utf-8"))["state"]
-    figures = {"reading.png": reading_figure(lines, summary["resumed_at"])}
+    figures = {
+        "reading.png": reading_figure([json.loads(line) for line in lines], summary["resumed_at"])
+    }
     if summary["facts"]:
         figures["recall.png"] = recall_figure(recall_by_age(summary["facts"]))
     if held := stored_positions(state):
@@ -69,9 +73,9 @@ def stored_positions(state: Path) -> dict[int, np.ndarray]:
     held = {}
     with safe_open(state, framework="numpy") as file:
         for name in file.keys():
-            if name.startswith("blocks.") and name.endswith(".store.position"):
+            if store := STORE.search(name):
                 positions = file.get_tensor(name).ravel()
-                held[int(name.split(".")[1])] = positions[positions >= 0]
+                held[int(store[1])] = positions[positions >= 0]
     return dict(sorted(held.items()))
 
 
@@ -119,7 +123,10 @@ def reading_figure(lines: Sequence[Mapping[str, Any]], resumed_at: Sequence[int]
     figure, axes = _figure(rows=max(1, len(rows)))
     for ax, (label, colour, x, y) in zip(axes, rows, strict=False):
         smooth = len(y) >= SMOOTHED_FROM
-        ax.plot(x, y, color=colour, lw=0.6 if smooth else 1.6, alpha=0.35 if smooth else 1)
+        mark = "o" if len(y) == 1 else None
+        ax.plot(
+            x, y, marker=mark, color=colour, lw=0.6 if smooth else 1.6, alpha=0.35 if smooth else 1
+        )
         if smooth:
             ax.plot(x, running_mean(y), color=colour, lw=1.8)
         ax.vlines(
@@ -203,9 +210,10 @@ def store_figure(
         ax.tick_params(axis="x", pad=9)
     ax.set_xlim(0, edges[-1])
     ax.set_ylim(0, max(1, bottom.max()) * 1.08)
+    ax.yaxis.get_major_locator().set_params(integer=True)
     total = sum(len(positions) for positions in held.values())
     ax.set_ylabel(f"places held per {count(edges[1])} tokens")
-    ax.set_title(f"Where in the stream the {total:,} stored pairs come from", loc="left")
+    ax.set_title(f"Where the {total:,} stored pairs come from", loc="left")
     _legend(ax)
     _positions(ax)
     return figure

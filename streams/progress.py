@@ -18,7 +18,8 @@ from wakesleep.streams.console import Console, shortened
 from wakesleep.streams.quantities import count, duration
 
 LINE_EVERY = 10.0  # seconds between two plain lines
-QUESTION_WIDTH = 52  # columns
+QUESTION_WIDTH = 44  # columns; a longer question moves what follows it
+MAX_QUESTION = 64
 
 
 class Progress:
@@ -54,12 +55,11 @@ class Progress:
         """Show one line of metrics; without a terminal at most one every ten seconds."""
         now = self._clock()
         if self._bar:
-            self._bar.move(line["tokens"], figures(line, self._total))
+            self._bar.move(line)
         elif now - self._shown_at >= LINE_EVERY:
             self._shown_at = now
-            self._console.say(
-                f"{progressed(line['tokens'], self._total)}  {figures(line, self._total)}"
-            )
+            words = [progressed(line["tokens"], self._total), figures(line)]
+            self._console.say("  ".join([*words, *time_left(line, self._total)]))
 
     def answers(self, tokens: int, facts: Sequence[Mapping[str, Any]]) -> None:
         """Show facts that were asked after `tokens` tokens."""
@@ -85,42 +85,57 @@ def progressed(tokens: int, total: float) -> str:
     return f"{count(tokens)} of {count(total)} tokens, {100 * tokens / max(total, 1):.0f} %"
 
 
-def figures(line: Mapping[str, Any], total: float) -> str:
-    """Speed, loss, surprise, fill and time left, as far as `line` knows them."""
+def figures(line: Mapping[str, Any]) -> str:
+    """Speed, loss, surprise and fill, as far as `line` knows them."""
+    words = {
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "bits_per_byte": "{:.3f} bits/byte",
+        "surprise": "surprise {:.2f}",
+        "store_fill": "store {:.0%} full",
+    }
+    known = {key: text for key, text in words.items() if line.get(key) is not None}
+    return "  ".join(text.format(line[key]) for key, text in known.items())
+
+
+def time_left(line: Mapping[str, Any], total: float) -> list[str]:
+    """The time left in words, nothing where it cannot be told."""
     speed = line.get("tokens_per_second")
-    parts = [f"{speed:,.0f} tokens/s"] if speed else []
-    for key, words in (("bits_per_byte", "{:.3f} bits/byte"), ("surprise", "surprise {:.2f}")):
-        if line.get(key) is not None:
-            parts.append(words.format(line[key]))
-    if line.get("store_fill") is not None:
-        parts.append(f"store {100 * line['store_fill']:.0f} % full")
-    if speed and math.isfinite(total):
-        parts.append(f"{duration(max(total - line['tokens'], 0) / speed)} left")
-    return "  ".join(parts)
+    if not speed or not math.isfinite(total):
+        return []
+    return [f"{duration(max(total - line['tokens'], 0) / speed)} left"]
 
 
 def answered(fact: Mapping[str, Any]) -> str:
     """One asked fact on a line: question, answer, whether it is right, and how old it is."""
     given = shortened(fact["predicted"].strip(), 24) or "no answer"
     verdict = "right" if fact["correct"] else f"wrong, it is {shortened(fact['answer'], 24)}"
-    question = shortened(fact["question"], QUESTION_WIDTH)
+    question = shortened(fact["question"], MAX_QUESTION)
     age = count(fact["age_tokens"])
     return f"{question:<{QUESTION_WIDTH}}  {given}  ({verdict}; {age} tokens ago)"
 
 
 class _Bar:
-    """A bar that rich draws on stderr. Text goes in as it is: no mark-up, no colours of numbers."""
+    """Two lines that rich keeps redrawing on stderr: a bar with the place, and the figures.
+
+    Text goes in as it is: no mark-up, no colours of numbers.
+    """
 
     def __init__(self, total: float) -> None:
         from rich.console import Console as Screen
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Live
+        from rich.table import Column
 
         self._total = total
         self._live = Live(
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn(
+                "{task.description}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
             console=Screen(stderr=True, highlight=False, markup=False),
+            refresh_per_second=4,
             transient=True,
         )
         known = total if math.isfinite(total) else None
@@ -132,9 +147,11 @@ class _Bar:
     def stop(self) -> None:
         self._live.stop()
 
-    def move(self, tokens: int, text: str) -> None:
-        words = f"{progressed(tokens, self._total)}  {text}"
-        self._live.update(self._task, completed=tokens, description=words)
+    def move(self, line: Mapping[str, Any]) -> None:
+        place = ", ".join([progressed(line["tokens"], self._total), *time_left(line, self._total)])
+        self._live.update(
+            self._task, completed=line["tokens"], description=f"{place}\n{figures(line)}"
+        )
 
     def print(self, text: str) -> None:
-        self._live.console.print(text)
+        self._live.console.print(text, soft_wrap=True)

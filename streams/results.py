@@ -18,19 +18,18 @@ BAR = 20  # columns
 def final_table(folder: Path, summary: Mapping[str, Any]) -> str:
     """The summary of a session as a page of plain text."""
     title = f"{count(summary['tokens'])} tokens read in {duration(summary['seconds'])}"
-    if summary.get("resumed_at"):
+    if summary["resumed_at"]:
         title += f", resumed {len(summary['resumed_at'])}x"
+    loss = summary["bits_per_byte"]
+    peak, state = size(summary["peak_rss_bytes"]), size(summary["state_bytes"])
     rows = [
         ("speed", f"{summary['tokens_per_second']:,.0f} tokens per second"),
-        (
-            "peak memory",
-            f"{size(summary['peak_rss_bytes'])}, of it state {size(summary['state_bytes'])}",
-        ),
-        ("bits per byte", f"{summary['bits_per_byte']:.3f}"),
+        ("peak memory", f"{peak}, of it the state {state}"),
+        ("bits per byte", "no text" if loss is None else f"{loss:.3f}"),
     ]
-    if summary.get("nonfinite_rows"):
-        rows.append(("not finite", f"{summary['nonfinite_rows']:,} rows, left out of every memory"))
-    facts = summary.get("facts") or []
+    if summary["nonfinite_rows"]:
+        rows.append(("not finite", f"{summary['nonfinite_rows']:,} rows, kept out of all memories"))
+    facts = summary["facts"]
     if facts:
         right = sum(bool(fact["correct"]) for fact in facts)
         rows.append(("planted facts", f"{right} of {len(facts)} still known"))

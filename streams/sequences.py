@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wakesleep.streams.facts import FAMILIES, TRAINED_KINDS, Fact, FactMaker
+from wakesleep.streams.facts import Fact, FactMaker
+from wakesleep.streams.families import FAMILIES, TRAINED_KINDS
 from wakesleep.streams.prompts import encode_answer, encode_question, statement_ids
 from wakesleep.streams.tokenizer import Tokenizer
 

@@ -12,32 +12,20 @@ replaced is written beside the old one first.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-import json
 import os
-import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from wakesleep.streams.errors import Refused
-from wakesleep.streams.manifest import Manifest, parse_manifest
+from wakesleep.streams.manifest import STATE_NAME, Manifest, parse_manifest
 from wakesleep.ttl.files import open_regular, sha256_of, write_atomically
 from wakesleep.ttl.state import Tree
-from wakesleep.ttl.state_io import read_state, write_state
+from wakesleep.ttl.state_io import MAX_STATE_BYTES, read_state, write_state
 
-MANIFEST, LOCK, METRICS, IDS, SUMMARY = (
-    "session.json",
-    ".lock",
-    "metrics.jsonl",
-    "ids.bin",
-    "summary.json",
-)
+MANIFEST, LOCK = "session.json", ".lock"
 MAX_MANIFEST_BYTES = 1 << 26
-MAX_STATE_BYTES = 1 << 36
-STATE_NAME = re.compile(r"state-\d{12,16}(-\d{1,6})?\.safetensors")
-READ_TRIES = 5  # of a reader whose snapshot is replaced while it opens it
 
 
 @contextlib.contextmanager
@@ -81,7 +69,9 @@ def read_manifest(folder: Path) -> Manifest:
         Refused: it is missing, a link, broken, of another schema, or holds impossible values.
     """
     if not holds_session(folder):
-        raise Refused(f"{folder} holds no session", "", "make one: wakesleep stream DOC --session DIR")
+        raise Refused(
+            f"{folder} holds no session", "", "make one: wakesleep stream DOC --session DIR"
+        )
     try:
         with open_regular(folder / MANIFEST, MAX_MANIFEST_BYTES) as file:
             return parse_manifest(file.read())
@@ -98,9 +88,13 @@ def read_snapshot(folder: Path, like: Tree, manifest: Manifest) -> Tree:
     try:
         with open_regular(folder / manifest.state, MAX_STATE_BYTES) as file:
             if os.fstat(file.fileno()).st_size != manifest.state_bytes:
-                raise ValueError(f"{manifest.state} has not the {manifest.state_bytes:,} bytes it had")
+                raise ValueError(
+                    f"{manifest.state} has not the {manifest.state_bytes:,} bytes it had"
+                )
             if sha256_of(file) != manifest.state_sha256:
-                raise ValueError(f"{manifest.state} was changed: its SHA-256 is not the recorded one")
+                raise ValueError(
+                    f"{manifest.state} was changed: its SHA-256 is not the recorded one"
+                )
             state, header = read_state(file, like, manifest.state)
         if header.get("model_sha256") != manifest.model_sha256:
             raise ValueError(f"{manifest.state} belongs to another model than session.json says")
@@ -109,30 +103,29 @@ def read_snapshot(folder: Path, like: Tree, manifest: Manifest) -> Tree:
         raise _damaged(folder, error) from error
 
 
-def replaced_since(folder: Path, manifest: Manifest) -> bool:
-    """Tell whether a writer has gone on to another snapshot after `manifest` was read."""
-    return read_manifest(folder).state != manifest.state
-
-
 def write_snapshot(folder: Path, manifest: Manifest, state: Tree) -> Manifest:
     """Write a state and then the manifest that names it; return that manifest.
 
     The state named before stays, older ones go. If anything fails, session.json is as it was.
 
     Args:
-        manifest: with `state` as it was named before ("" if none); name, hash and size are set here.
+        manifest: `state` as it was named before, "" if never; name, hash and size are set here.
     """
     data = io.BytesIO()
-    write_state(data, state, {"model_sha256": manifest.model_sha256, "tokens": str(manifest.tokens)})
-    name = _free_name(folder, manifest.tokens)
+    write_state(
+        data, state, {"model_sha256": manifest.model_sha256, "tokens": str(manifest.tokens)}
+    )
+    previous, name = manifest.state, f"state-{manifest.tokens:012d}.safetensors"
+    if name == previous:  # another window, say: the old manifest needs its state until the new one
+        name = f"state-{manifest.tokens:012d}-2.safetensors"
     write_atomically(folder / name, data.getbuffer())
-    data.seek(0)
-    previous = manifest.state
-    manifest = manifest.with_state(name, sha256_of(data), data.getbuffer().nbytes)
+    manifest = dataclasses.replace(
+        manifest, state=name, state_sha256=sha256_of(data), state_bytes=len(data.getbuffer())
+    )
     write_manifest(folder, manifest)
-    for entry in os.scandir(folder):
-        if STATE_NAME.fullmatch(entry.name) and entry.name not in (name, previous):
-            os.unlink(entry.path)
+    for path in folder.glob("state-*"):
+        if STATE_NAME.fullmatch(path.name) and path.name not in (name, previous):
+            path.unlink()
     return manifest
 
 
@@ -141,73 +134,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, manifest.to_json())
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Replace a JSON file that people read, too."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, text.encode() + b"\n")
-
-
-def open_appended(path: Path, length: int) -> BinaryIO:
-    """Open a file that is appended to, cut back to the `length` bytes that the manifest knows.
-
-    Raises:
-        Refused: it is shorter, a link, or not a regular file.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags, 0o644)
-    except OSError as error:
-        raise Refused(f"{path} cannot be written: {error.strerror}") from error
-    file = open(descriptor, "r+b")
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_size < length:
-        file.close()
-        raise Refused(
-            f"{path} has {status.st_size:,} bytes, session.json knows of {length:,}",
-            "",
-            "put the file back as it was, or start another session",
-        )
-    file.truncate(length)
-    file.seek(length)
-    return file
-
-
-def check_appended(path: Path, length: int) -> None:
-    """Refuse what `open_appended` would refuse, without touching the file."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        status = None
-    if status is None and not length:
-        return
-    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size < length:
-        raise Refused(
-            f"{path} is missing, shorter than session.json says, or not a regular file",
-            "",
-            "put the file back as it was, or start another session",
-        )
-
-
-def sync(file: BinaryIO) -> None:
-    """Bring what was written to the disk itself."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def remove_leftovers(folder: Path) -> None:
     """Delete half-written files of a process that was killed; the caller holds the lock."""
-    for entry in os.scandir(folder):
-        if re.fullmatch(r"\.[A-Za-z0-9._-]+\.new", entry.name) and not entry.is_dir():
-            os.unlink(entry.path)
-
-
-def _free_name(folder: Path, tokens: int) -> str:
-    """A name for a new state: after a change of window the same token count may come twice."""
-    name, tries = f"state-{tokens:012d}.safetensors", 1
-    while os.path.lexists(folder / name):
-        tries += 1
-        name = f"state-{tokens:012d}-{tries}.safetensors"
-    return name
+    for path in folder.glob(".*.new"):
+        if not path.is_dir():
+            path.unlink()
 
 
 def _damaged(folder: Path, error: Exception) -> Refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -32,7 +33,9 @@ class StopSignals:
         return self.number is not None
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._obey) for number in SIGNALS}
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self._before = {number: signal.signal(number, self._obey) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -34,11 +34,10 @@ def write_story(page: Page, words: Words) -> None:
         page.say(time, event.text, event.named, valid=index in telling)
         for index, (time, event) in enumerate(zip(times, events, strict=True))
     ]
-    known = sorted(events[-1].known)
+    heard = {question for event in events for question in event.known}
     asked: set[tuple[str, int]] = set()
-    for _ in range(2 * len(known)):
-        question = draw.choice(known)
-        time = _time_to_ask(page, question, events, times)
+    for _ in range(2 * len(heard)):
+        question, time = _question_and_time(page, events, times)
         now = max(index for index, before in enumerate(times) if before <= time)
         place, told = events[now].known[question]
         if (question, told) in asked:  # a second answer could be read off the first
@@ -46,19 +45,24 @@ def write_story(page: Page, words: Words) -> None:
         asked.add((question, told))
         page.ask(time, question, place, numbers[told], STORY)
         unheard = f"Where is {draw.choice(words.first_names)}?"
-        if unheard not in known and draw.random() < page.config.unknown_odds:
+        if unheard not in heard and draw.random() < page.config.unknown_odds:
             page.ask(draw.uniform(0, page.length), unheard, None, None, STORY)
         if page.used > FILL * page.length:
             break
 
 
-def _time_to_ask(page: Page, question: str, events: list[Event], times: list[float]) -> float:
-    """A time at which `question` has an answer: mostly out of the window of the latest one."""
-    since = next(index for index, event in enumerate(events) if question in event.known)
-    time = times[max(since, events[-1].known[question][1])]
-    if page.draw.random() < page.config.far_share:
-        time += page.config.far
-    return page.draw.uniform(min(time, page.length - 1), page.length)
+def _question_and_time(page: Page, events: list[Event], times: list[float]) -> tuple[str, float]:
+    """A question that has an answer then: mostly at the end and out of the window, or soon."""
+    draw, far = page.draw, page.config.far
+    if draw.random() < page.config.far_share:
+        known = events[-1].known
+        question = draw.choice(sorted(known))
+        since = next(index for index, event in enumerate(events) if question in event.known)
+        start = times[max(since, known[question][1])] + far
+        return question, draw.uniform(min(start, page.length - 1), page.length)
+    index = draw.randrange(len(events))
+    question = draw.choice(sorted(events[index].known))
+    return question, draw.uniform(times[index], min(times[index] + far, page.length))
 
 
 def make_story(draw: random.Random, words: Words, count: int) -> list[Event]:

@@ -10,19 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Fixed for a session's life: another value belongs to another session.
-FIXED_KEYS = (
-    "model",
-    "dtype",
-    "seed",
-    "lanes",
-    "keep_ids",
-    "facts.count",
-    "facts.seed",
-    "facts.kinds",
-)
-# How bytes become text: fixed from a document's first token to its last.
-DOCUMENT_KEYS = ("errors", "encoding")
+# Fixed for a session's life, as model and tokenizer are: another value needs another session.
+FIXED_KEYS = ("dtype", "seed", "lanes", "keep_ids", "facts.count", "facts.seed", "facts.kinds")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ def admission_loss(
     threshold: float,
     positive_weight: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Binary cross-entropy of the admission head against the read mass of a store without selection.
+    """Binary cross-entropy of the admission head against the read mass of a store that kept all.
 
     Gradient reaches the scores of `state` and nothing else.
 
@@ -47,7 +47,7 @@ def admission_loss(
         weight = torch.where(needed, positive_weight, 1.0) * seen
         loss = F.binary_cross_entropy_with_logits(score, needed.float(), weight, reduction="sum")
         losses.append(loss / seen.sum())
-        rankings.append(_ranking(store.score.detach(), seen & needed, seen & ~needed))
+        rankings.append(_ranking(store.score, seen & needed, seen & ~needed))
     if not losses:
         return torch.zeros((), device=state.position.device), {}
     metrics = {}
@@ -56,6 +56,38 @@ def admission_loss(
         if known:
             metrics[name] = sum(known) / len(known)
     return torch.stack(losses).mean(), metrics
+
+
+def fact_ranking(
+    state: StreamState, position: Tensor, fact: Tensor, until: Tensor, keep_all: bool
+) -> dict[str, float]:
+    """What became of the tokens that a reader should keep.
+
+    Args:
+        position: [B, T] int64 of the tokens that were read, increasing in each lane.
+        fact: [B, T] bool, the tokens to keep.
+        until: [B] int64, the last position that has left the window.
+
+    Returns:
+        `noise_above_facts` if the store kept everything: the share of other pairs that score above
+        the median fact, in the head that tells them apart best. Else `facts_kept`: the share of
+        facts that some head still stores. Empty when no fact has left the window.
+    """
+    gone = fact & (position <= until[:, None])
+    if not bool(gone.any()):
+        return {}
+    kept, above = torch.zeros_like(gone), []
+    for store in stores(state):
+        stored = store.position.flatten(1)  # [B, H S]
+        column = torch.searchsorted(position, stored).clamp(max=position.shape[1] - 1)
+        mine = position.gather(1, column) == stored
+        facts = mine & fact.gather(1, column)
+        kept |= kept.long().scatter_add(1, column, facts.long()) > 0
+        shape = store.score.shape
+        above.append(_above(store.score, facts.view(shape), (mine & ~facts).view(shape)))
+    if keep_all and above:
+        return {"noise_above_facts": float(torch.cat(above).nan_to_num(1.0).min())}
+    return {"facts_kept": int((kept & gone).sum()) / int(gone.sum())}
 
 
 def stores(state: StreamState) -> list[StoreState]:
@@ -67,12 +99,19 @@ def _ranking(score: Tensor, needed: Tensor, other: Tensor) -> dict[str, float | 
     """How well scores [B, H, S] tell `needed` from `other` pairs; None where it cannot be said."""
     hits, alarms = int((needed & (score > 0)).sum()), int((other & (score > 0)).sum())
     found = int(needed.sum())
-    by_head = torch.where(needed, score, torch.nan).transpose(0, 1).flatten(1)
-    median = by_head.nanmedian(1).values[None, :, None]  # [1, H, 1]; nan in a head without any
-    compared = int((other & ~median.isnan()).sum())
+    above = _above(score, needed, other)
     return {
         "precision": hits / (hits + alarms) if hits + alarms else None,
         "recall": hits / found if found else None,
         "needed": found / (found + int(other.sum())),
-        "noise_above": int((other & (score > median)).sum()) / compared if compared else None,
+        "noise_above": None if above.isnan().all() else float(above.nanmean()),
     }
+
+
+def _above(score: Tensor, wanted: Tensor, other: Tensor) -> Tensor:
+    """Share of `other` pairs above the median `wanted` one of their head: [H], nan without any."""
+    score = score.detach().transpose(0, 1).flatten(1)  # [H, B S]
+    wanted, other = (mask.transpose(0, 1).flatten(1) for mask in (wanted, other))
+    median = torch.where(wanted, score, torch.nan).nanmedian(1, keepdim=True).values
+    share = ((score > median) & other).sum(1) / other.sum(1)
+    return torch.where(median[:, 0].isnan(), torch.nan, share)

@@ -113,7 +113,7 @@ class Tokenizer:
         """Yield the ids (int32) of a text that arrives in pieces, about 20 thousand at a time.
 
         Ids and their order do not depend on where the pieces are cut: the last unit of what has
-        arrived is held back until its end is known. A call never splits a unit.
+        arrived is held back until its end is known. No array splits a unit.
         """
         held: list[str] = []
         size = 0
@@ -192,9 +192,11 @@ def _read_model(content: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
             "its split of text into words": split != split_pattern(),
             "its normalizer": tree["normalizer"] is not None,
             "its added tokens": tree["added_tokens"] != [],
-            "its ids": len(vocab) > MAX_VOCAB or sorted(vocab.values()) != [*range(len(vocab))],
+            "its ids": len(vocab) > MAX_VOCAB or not _counts_up(vocab.values()),
             "its special tokens": [vocab.get(t) for t in SPECIAL_TOKENS] != [*range(NUM_SPECIAL)],
-            "its merges": any(left + right not in vocab for left, right in merges),
+            "its merges": not all(
+                {a, b, a + b} <= vocab.keys() and a + b not in SPECIAL_TOKENS for a, b in merges
+            ),
             "its bytes": not _ALPHABET.keys() <= vocab.keys(),
         }
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
@@ -206,6 +208,11 @@ def _read_model(content: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
             "use one that scripts/train_tokenizer.py wrote",
         )
     return vocab, merges
+
+
+def _counts_up(ids: Iterable[int]) -> bool:
+    ids = list(ids)
+    return all(type(i) is int for i in ids) and sorted(ids) == [*range(len(ids))]
 
 
 def _token_bytes(vocab: dict[str, int]) -> list[bytes]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from wakesleep.streams.console import Console
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.quantities import count
+from wakesleep.streams.stopping import Stopped
 
 SUMMARY = "train a model from a recipe, resumable"
 FLAGS = (
@@ -59,12 +64,22 @@ def run(arguments: argparse.Namespace) -> int:
         console.result(data, to_yaml(config, origins).rstrip())
         return 0
     if arguments.output is None:
-        raise Refused("train needs --output DIR", "", "For example: --output runs/" + recipe.stem)
-
-    from wakesleep.streams.training import train
-
-    result = train(config, Path(arguments.output), resume=arguments.resume)
-    console.result(result, "")
+        raise Refused("train needs --output DIR", "", f"For example: --output runs/{recipe.stem}")
+    output = Path(arguments.output)
+    steps, tokens = config.total_steps, config.train.lanes * config.train.sequence_len
+    plan = f"{steps:,} steps of {count(tokens * config.accumulate)} tokens into {output}"
+    if arguments.dry_run:
+        console.result({"steps": steps, "tokens_per_step": tokens, "output": str(output)}, plan)
+        return 0
+    train = _import_train()
+    if not output.exists():  # otherwise the folder may yet be refused, and three lines are enough
+        console.say(plan)
+    try:
+        result = train(config, output, resume=arguments.resume)
+    except Stopped:
+        console.warn(f"stopped and saved; go on with: {_again(arguments)}")
+        raise
+    console.result(result, _ending(result, output))
     return 0
 
 
@@ -87,3 +102,31 @@ def find_recipe(name: str) -> Path:
     hint = f"; did you mean configs/{near[0]}?" if near else ""
     known = ", ".join(f"configs/{recipe}" for recipe in recipes)
     raise Refused(f"{name}: no such file{hint}", "", f"Installed recipes: {known}")
+
+
+def _import_train() -> Callable[..., dict[str, Any]]:
+    """Import Lightning, and say so where a stray torchvision keeps it from loading."""
+    try:
+        from wakesleep.streams.training import train
+    except RuntimeError as error:
+        from wakesleep.streams.doctor_command import torchvision_clash
+
+        if clash := torchvision_clash():
+            raise Refused(*clash.split("; ")) from error
+        raise
+    return train
+
+
+def _ending(result: dict[str, Any], output: Path) -> str:
+    models = " and ".join(
+        str(output / name) for name in ("last", "best") if (output / name).is_dir()
+    )
+    return (
+        f"{result['steps']:,} steps trained; model: {models}\n"
+        f"next: wakesleep stream DOC model={shlex.quote(str(output / 'last'))}"
+    )
+
+
+def _again(arguments: argparse.Namespace) -> str:
+    words = [*arguments.items, "--output", arguments.output, "--resume"]
+    return "wakesleep train " + shlex.join(words)

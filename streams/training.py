@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +21,16 @@ from wakesleep.streams.config import as_dict
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.rng import rng_states, set_rng_states
-from wakesleep.streams.teacher import admission_loss
+from wakesleep.streams.teacher import admission_loss, fact_ranking
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_data import Source, StreamDataModule, open_source
+from wakesleep.streams.training_data import Source, StreamDataModule, answer_kinds, open_source
 from wakesleep.streams.training_draws import Draw, draw_step, never
 from wakesleep.streams.training_metrics import Means, add_answers
 from wakesleep.streams.training_run import RunFolder, make_trainer
-from wakesleep.streams.unroll import TokenLoss, Unrolled, last_readable, next_token_loss, unroll
+from wakesleep.streams.unroll import TokenLoss, Unrolled, last_stored, next_token_loss, unroll
 from wakesleep.ttl.model import TTLModel
-from wakesleep.ttl.state import StreamState, flatten, map_state, unflatten
+from wakesleep.ttl.state import StreamState, detach, flatten, to, unflatten
 
 __all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "train"]
 
@@ -47,7 +48,7 @@ class StreamModule(lightning.LightningModule):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.kinds = config, answer_kinds(config)
         self.model = TTLModel(config.model)
         # plain attributes, not buffers: DDP would give every rank the buffers of rank 0
         self.cursor = 0  # number of the next batch
@@ -67,10 +68,10 @@ class StreamModule(lightning.LightningModule):
         loss = tokens.loss
         if draw.keep_all:
             loss = loss + self.config.admission.weight * self._teach(read, batch)
-        self._require_finite(loss, tokens, read, batch)
-        self._count(self.means, tokens, batch, draw)
+        self._require_finite(loss, tokens, read)
+        self._count(self.means, tokens, read, batch, draw)
         if self.config.carries:
-            self.state = map_state(lambda new, old: new.detach().to(old.dtype), read.state, start)
+            self.state = detach(read.state)
         elif self.config.admission.distractor_share:
             self.pool = collect(self.pool, read.state, read.foreign)
         self.cursor += 1
@@ -86,7 +87,7 @@ class StreamModule(lightning.LightningModule):
             draw = self._draw(VALIDATION + number)
             read = unroll(self.model, batch, self._start(draw, state), draw, self.pool)
             state = read.state if self.config.carries else None
-            self._count(means, self._next_token(read, batch), batch, draw)
+            self._count(means, self._next_token(read, batch), read, batch, draw)
         self.model.train()
         return means.take()
 
@@ -101,7 +102,7 @@ class StreamModule(lightning.LightningModule):
             {"params": rest, "lr": optim.lr_rest, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, betas=optim.betas, fused=True)
-        total = self.config.total_steps
+        total = self.trainer.max_steps if self.trainer.max_steps > 0 else self.config.total_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: optim.rate(s, total))
         return {
             "optimizer": optimizer,
@@ -112,11 +113,11 @@ class StreamModule(lightning.LightningModule):
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
         """Clip by the norm of the whole gradient, note the norm, stop where it is not finite."""
-        limit = gradient_clip_val or float("inf")
+        limit = gradient_clip_val or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True))
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             bad = [n for n, p in self.model.named_parameters() if not _finite(p.grad)]
-            raise TrainingFailed(self._failure("the gradient", f"of {', '.join(bad[:3])}"))
+            raise self._failure(f"the gradient of {', '.join(bad[:3])}")
         self.means.add("grad_norm", norm)
 
     def on_train_start(self) -> None:
@@ -163,7 +164,7 @@ class StreamModule(lightning.LightningModule):
 
     def _start(self, draw: Draw, carried: StreamState | None) -> StreamState:
         if carried is not None:
-            return map_state(lambda t: t.to(self.device), carried)
+            return to(carried, self.device)
         return self.model.init_state(self.config.train.lanes, capacity=draw.capacity)
 
     def _next_token(self, read: Unrolled, batch: Batch) -> TokenLoss:
@@ -173,7 +174,8 @@ class StreamModule(lightning.LightningModule):
     def _teach(self, read: Unrolled, batch: Batch) -> Tensor:
         """The admission loss of a step whose store kept everything."""
         admission, model = self.config.admission, self.config.model
-        until = last_readable(batch.read_weight, read.position, model.chunk, model.window)
+        asked = torch.where(batch.read_weight > 0, read.position, -1).amax(1)
+        until = last_stored(asked, model.chunk, model.window)  # what the last answer could read
 
         def judged(position: Tensor) -> Tensor:
             return own(position, read.foreign) & (position <= until[:, None, None])
@@ -189,7 +191,9 @@ class StreamModule(lightning.LightningModule):
             self.means.add(name, value)
         return loss
 
-    def _count(self, means: Means, tokens: TokenLoss, batch: Batch, draw: Draw) -> None:
+    def _count(
+        self, means: Means, tokens: TokenLoss, read: Unrolled, batch: Batch, draw: Draw
+    ) -> None:
         """Add a step's values for people; all of them are weighted by what they are means over."""
         asked = int((batch.read_weight > 0).sum())
         rest = int((batch.weight > 0).sum()) - asked
@@ -198,23 +202,30 @@ class StreamModule(lightning.LightningModule):
             means.add("loss_answers", float(tokens.answers), asked)
         if rest > 0:
             means.add("loss_rest", float(tokens.rest), rest)
-        kinds, window = self.trainer.datamodule.source.kinds, self.config.model.window
-        add_answers(means, batch, tokens.right, kinds, window, draw.keep_all)
+        model = self.config.model
+        reach = model.window + model.chunk
+        add_answers(means, batch, tokens.right, self.kinds, reach, draw.keep_all)
+        until = last_stored(read.state.position, model.chunk, model.window)
+        facts = fact_ranking(read.state, read.position, batch.fact, until, draw.keep_all)
+        for name, value in facts.items():
+            means.add(name, value)
 
-    def _require_finite(self, loss: Tensor, tokens: TokenLoss, read: Unrolled, batch: Batch):
+    def _require_finite(self, loss: Tensor, tokens: TokenLoss, read: Unrolled) -> None:
         if _finite(loss) and not read.nonfinite:
             return
-        if read.nonfinite:
-            raise TrainingFailed(self._failure(f"{read.nonfinite} rows", "of a layer's input"))
-        bad = [name for name, p in self.model.named_parameters() if not _finite(p)]
-        where = f"parameter {bad[0]}" if bad else "hidden" if not _finite(read.hidden) else "loss"
-        where = where if _finite(tokens.loss) or where != "loss" else "next-token loss"
-        raise TrainingFailed(self._failure("the loss", f"first seen in: {where}"))
+        tensors = {
+            **dict(self.model.named_parameters()),
+            "the hidden states": read.hidden,
+            "the next-token loss": tokens.loss,
+            "the admission loss": loss,
+        }
+        inside = f"{read.nonfinite} rows of layers' inputs"  # masked, so not to be seen outside
+        raise self._failure(next((n for n, x in tensors.items() if not _finite(x)), inside))
 
-    def _failure(self, what: str, where: str) -> str:
-        return (
-            f"step {self.trainer.global_step + 1}, batch {self.cursor}: {what} not finite, {where}\n"
-            "The last checkpoint is unharmed; go on from it with --resume and a lower optim.lr."
+    def _failure(self, what: str) -> TrainingFailed:
+        return TrainingFailed(
+            f"step {self.global_step + 1}, batch {self.cursor}: not finite: {what}\n"
+            "The last checkpoint is unharmed. A lower optim.lr or optim.clip may help."
         )
 
 
@@ -234,9 +245,8 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[st
         Stopped: a signal came; the run was saved before.
     """
     data = StreamDataModule(config)
-    folder = RunFolder(config, output, data.source.kinds, data.tokenizer_json)
-    if config.train.validate_every:
-        folder.validation = open_source(config, validation=True)
+    validation = open_source(config, validation=True) if config.train.validate_every else None
+    folder = RunFolder(config, output, validation)
     if config.threads:
         torch.set_num_threads(config.threads)
     lightning.seed_everything(config.seed, verbose=False)

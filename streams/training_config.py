@@ -19,7 +19,7 @@ from wakesleep.ttl.model import ModelConfig
 class AdmissionConfig:
     """How the store is used while training, and how its admission head is taught."""
 
-    capacities: tuple[int, ...] = ()  # places, one drawn per step; () = the model's own capacity
+    capacities: tuple[int, ...] = ()  # places, one drawn per step; () = the model's own
     keep_all_share: float = 0.0  # of steps without selection; these teach the admission head
     weight: float = 1.0  # of the admission loss
     threshold: float = 0.1  # read mass of a token from which it counts as needed
@@ -141,6 +141,11 @@ class TrainConfig:
             )
         if self.data.kind == "text" and not self.data.paths:
             raise ValueError("data.kind=text needs data.paths=[FILE or FOLDER, ...]")
+
+    @property
+    def accumulate(self) -> int:
+        """Batches per optimiser step."""
+        return int(self.trainer.get("accumulate_grad_batches", 1))
 
     @property
     def carries(self) -> bool:

@@ -15,7 +15,7 @@ from wakesleep.streams.mixture import Mixture
 from wakesleep.streams.mqar import MQAR
 from wakesleep.streams.training_batch import Answers, Batch
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_text import TextLanes
+from wakesleep.streams.training_text import TextLanes, document_files
 
 ENDLESS = 1 << 40  # batches; Lightning needs a length, or it reads one batch ahead of the cursor
 HELD_OUT = 1 << 32  # added to the seed of generated validation batches
@@ -24,20 +24,14 @@ HELD_OUT = 1 << 32  # added to the seed of generated validation batches
 class Source(Protocol):
     """What every kind of data offers."""
 
-    kinds: tuple[str, ...]  # of answers
-    carries: bool  # documents go on from batch to batch
-
     def batch(self, number: int) -> Batch: ...
 
 
 class Tasks:
     """Generated sequences, each one document of T tokens that starts with the batch."""
 
-    carries = False
-
     def __init__(self, task: Mixture | MQAR, lanes: int, segments: int) -> None:
         self.task, self.lanes, self.segments = task, lanes, segments
-        self.kinds = tuple(task.kinds)
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the run."""
@@ -60,6 +54,7 @@ class Tasks:
             targets=rows["tokens"].roll(-1, 1),
             weight=weight,
             read_weight=_inside(answers, B, T),
+            fact=rows["fact"],
             lengths=torch.full((B, self.segments), T // self.segments),
             reset=reset,
             answers=answers,
@@ -97,13 +92,6 @@ class StreamDataModule(lightning.LightningDataModule):
         self.config = config
         self.source = open_source(config)
 
-    @property
-    def tokenizer_json(self) -> bytes:
-        """The tokenizer that belongs to the ids; the shipped one where ids stand for no text."""
-        path = self.config.data.mixture.tokenizer if self.config.data.kind == "mixture" else None
-        shipped = resources.files("wakesleep.streams") / "data" / "default" / "tokenizer.json"
-        return Path(path).read_bytes() if path else shipped.read_bytes()
-
     def train_dataloader(self) -> LaneLoader:
         return LaneLoader(self.source, self.trainer.lightning_module.cursor)
 
@@ -123,10 +111,30 @@ def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
             return Tasks(task, step.lanes, step.segments_per_step)
         case "mixture":
             task = Mixture(data.mixture, step.sequence_len, seed, validation=validation)
+            _check_vocabulary(config, task.tokenizer.vocab_size)
             return Tasks(task, step.lanes, step.segments_per_step)
         case "text":
+            if shared := set(document_files(data.paths)) & set(_held_out(config)):
+                raise ValueError(
+                    f"{min(shared)} is in data.paths and in data.validation_paths; "
+                    "leave it out of one"
+                )
             paths = data.validation_paths if validation else data.paths
-            return TextLanes(paths, step.lanes, step.segment, step.segments_per_step, seed)
+            lanes = TextLanes(paths, step.lanes, step.segment, step.segments_per_step, seed)
+            _check_vocabulary(config, lanes.highest_id + 1)
+            return lanes
+
+
+def answer_kinds(config: TrainConfig) -> tuple[str, ...]:
+    """Names of the kinds of answers that the data has."""
+    return {"mixture": Mixture.kinds, "mqar": MQAR.kinds, "text": TextLanes.kinds}[config.data.kind]
+
+
+def tokenizer_json(config: TrainConfig) -> bytes:
+    """The tokenizer of the ids; the shipped one where they stand for no text."""
+    path = config.data.mixture.tokenizer if config.data.kind == "mixture" else None
+    shipped = resources.files("wakesleep.streams") / "data" / "default" / "tokenizer.json"
+    return Path(path).read_bytes() if path else shipped.read_bytes()
 
 
 def _inside(answers: Answers, lanes: int, columns: int) -> Tensor:
@@ -136,6 +144,10 @@ def _inside(answers: Answers, lanes: int, columns: int) -> Tensor:
     steps.index_put_((answers.lane, answers.start), one, accumulate=True)
     steps.index_put_((answers.lane, answers.stop), -one, accumulate=True)
     return steps.cumsum(1)[:, :-1].clamp(0, 1)
+
+
+def _held_out(config: TrainConfig) -> list[Path]:
+    return document_files(config.data.validation_paths) if config.train.validate_every else []
 
 
 def _check_vocabulary(config: TrainConfig, needed: int) -> None:

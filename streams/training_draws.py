@@ -45,9 +45,8 @@ def draw_step(config: TrainConfig, number: int, waiting: int) -> Draw:
     capacity = step.sequence_len + level if keep_all else drawn
     ranks = None
     if admission.rank_max:
-        ranks = _spread(
-            rng, step.lanes, capacity or config.model.store.capacity, admission.rank_max
-        )
+        places = capacity or config.model.store.capacity
+        ranks = _spread(rng, step.lanes, places, admission.rank_max)
     return Draw(capacity, keep_all, orders, jumps, ranks)
 
 
@@ -58,7 +57,8 @@ def never(segments: int) -> Draw:
 
 def boundary(config: TrainConfig) -> int:
     """Tokens after which all clocks of the model stand as before: a jump must be a multiple."""
-    return math.lcm(config.model.chunk, config.model.memory.page)
+    model = config.model
+    return math.lcm(model.chunk, model.memory.page or model.chunk)
 
 
 def _distractors(rng, config: TrainConfig, level: int, waiting: int):

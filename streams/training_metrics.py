@@ -16,7 +16,12 @@ from wakesleep.streams.training_batch import Answers, Batch
 
 DECADES = ("age_1", "age_10", "age_100", "age_1k", "age_10k", "age_100k")
 PLACES = ("inside", "outside", "outside_kept", "outside_selected")
-TEACHER = ("precision", "recall", "needed", "noise_above")
+TAUGHT = ("loss_admission", "precision", "recall", "needed", "noise_above")
+MEASURED = ("loss", "loss_answers", "loss_rest", "noise_above_facts", "facts_kept")
+SHOWN = (
+    *("answers", "outside_kept", "outside_selected"),
+    *("noise_above_facts", "facts_kept", "val_answers"),
+)
 
 
 class Means:
@@ -47,14 +52,14 @@ def add_answers(
     batch: Batch,
     right: Tensor,
     kinds: tuple[str, ...],
-    window: int,
+    reach: int,
     keep_all: bool,
 ) -> None:
     """Count the answers of a batch that are right in all their tokens.
 
     Args:
         right: [B, T] bool, the likeliest next token is the target.
-        window: an answer to a fact of at most this age may have come from the window.
+        reach: an answer to a fact of at most this age may have come from the window.
         keep_all: the store evicted nothing in this step.
     """
     answers = Answers(*(part.cpu().numpy() for part in batch.answers))
@@ -64,7 +69,7 @@ def add_answers(
     hit = count[answers.lane, answers.stop] - count[answers.lane, answers.start]
     hit = hit == answers.stop - answers.start
     fact = answers.age >= 0
-    outside = fact & (answers.age > window)
+    outside = fact & (answers.age > reach)
     groups = {
         "answers": np.ones_like(fact),
         "inside": fact & ~outside,
@@ -85,7 +90,14 @@ def add_answers(
 def line(step: int, total: int, row: dict[str, float], seconds_left: float) -> str:
     """One line for people."""
     parts = [f"step {step:,}/{total:,}", f"loss {row.get('loss', math.nan):.3f}"]
-    for name in ("answers", "outside_kept", "outside_selected", "noise_above", "val_answers"):
+    for name in (
+        "answers",
+        "outside_kept",
+        "outside_selected",
+        "noise_above_facts",
+        "facts_kept",
+        "val_answers",
+    ):
         if name in row:
             parts.append(f"{name.replace('_', ' ')} {row[name]:.3f}")
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")

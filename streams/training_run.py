@@ -22,39 +22,34 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from wakesleep.streams.config import flat, load_config, to_yaml
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_data import Source
-from wakesleep.streams.training_metrics import TEACHER, answer_columns, line
+from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
+from wakesleep.streams.training_metrics import MEASURED, TAUGHT, answer_columns, line
 from wakesleep.ttl.files import write_atomically
 from wakesleep.ttl.model_io import model_sha256, save_model
 
 FREE = ("train.save_every", "train.log_every", "threads", "device")  # may change on resume
-COLUMNS = (
-    *("step", "tokens", "seconds", "tokens_per_second", "lr", "grad_norm"),
-    *("loss", "loss_answers", "loss_rest", "loss_admission", *TEACHER),
-)
+COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "lr", "grad_norm")
 
 
 class RunFolder(lightning.Callback):
     """Writes what a run leaves behind, every so many steps, and obeys signals."""
 
-    def __init__(
-        self, config: TrainConfig, folder: Path, kinds: tuple[str, ...], tokenizer_json: bytes
-    ) -> None:
-        self.config, self.folder, self.tokenizer_json = config, folder, tokenizer_json
-        self.validation: Source | None = None
+    def __init__(self, config: TrainConfig, folder: Path, validation: Source | None) -> None:
+        self.config, self.folder, self.validation = config, folder, validation
         self.best: float | None = None  # lowest val_loss so far
         self.seconds = 0.0  # of training in all calls, up to the last line
         self._signals = StopSignals()
         self._step = 0  # last one that was seen
         self._mark = (0.0, 0)  # clock and step of the last line
-        answers = answer_columns(kinds)
-        self._columns = [*COLUMNS, *answers, "val_loss", *(f"val_{name}" for name in answers)]
+        measured = [*MEASURED, *answer_columns(answer_kinds(config))]
+        self._columns = [*COLUMNS, *TAUGHT, *measured, *(f"val_{name}" for name in measured)]
 
     @property
     def checkpoint(self) -> Path:
@@ -117,7 +112,7 @@ class RunFolder(lightning.Callback):
         """Add a line to metrics.csv and say it; keep the model if it is the best so far."""
         step, (clock, before) = self._step, self._mark
         train = self.config.train
-        tokens = train.lanes * train.sequence_len * trainer.accumulate_grad_batches
+        tokens = train.lanes * train.sequence_len * self.config.accumulate
         lasted = time.monotonic() - clock
         self.seconds += lasted
         row = module.means.take()
@@ -152,7 +147,8 @@ class RunFolder(lightning.Callback):
         self._save_model("last", module.model, self._step)
 
     def _save_model(self, name: str, model: nn.Module, step: int) -> None:
-        save_model(self.folder / name, model, self.tokenizer_json, self._card(name, step))
+        tokenizer = tokenizer_json(self.config)
+        save_model(self.folder / name, model, tokenizer, self._card(name, step))
 
     def _card(self, name: str, step: int) -> str:
         data = self.config.data.kind
@@ -183,7 +179,7 @@ class RunFolder(lightning.Callback):
         kept = []
         if path.exists():
             with open(path, encoding="utf-8", newline="") as file:
-                kept = [row for row in csv.DictReader(file) if _is_up_to(row, step)]
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
         writer.writeheader()
@@ -192,7 +188,11 @@ class RunFolder(lightning.Callback):
 
 
 def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
-    """A quiet Trainer with this run's settings; `config.trainer` wins over all of them."""
+    """A quiet Trainer with this run's settings; `config.trainer` wins over all of them.
+
+    Raises:
+        Refused: Lightning does not know a key, or its value; more than one device.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     device = config.device
@@ -200,7 +200,7 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     given = dict(config.trainer)
     bar = given.pop("enable_progress_bar", sys.stderr.isatty())
-    callbacks = [folder, *given.pop("callbacks", [])]
+    callbacks: list[lightning.Callback] = [folder]
     if bar:  # chosen here: Lightning would take Rich's wherever rich is installed
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     settings = {
@@ -217,13 +217,12 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
         "num_sanity_val_steps": 0,
         "default_root_dir": str(folder.folder),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return lightning.Trainer(**(settings | given), callbacks=callbacks)
-
-
-def _is_up_to(row: dict[str, str], step: int) -> bool:
-    """A line that was cut short by a kill has no step or not all columns."""
-    return (
-        (row.get("step") or "").isdigit() and None not in row.values() and int(row["step"]) <= step
-    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = lightning.Trainer(**(settings | given), callbacks=callbacks)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise Refused("Lightning does not take these trainer.* keys", str(error)) from error
+    if trainer.world_size > 1:
+        raise Refused("training on several devices is not there yet", "", "Use trainer.devices=1")
+    return trainer

@@ -22,16 +22,20 @@ class TextLanes:
     """Documents dealt to lanes; batch number and seed decide everything."""
 
     kinds: tuple[str, ...] = ()
-    carries = True
 
     def __init__(
         self, paths: tuple[str, ...], lanes: int, segment: int, segments: int, seed: int
     ) -> None:
-        self.documents = [_open(path) for path in _files(paths)]
+        self.documents = [_open(path) for path in document_files(paths)]
         self.lanes, self.segment, self.segments, self.seed = lanes, segment, segments, seed
         self._order: list[list[int]] = [[] for _ in range(lanes)]  # document numbers
         self._ends: list[list[int]] = [[] for _ in range(lanes)]  # segments up to their ends
         self._passes = 0
+
+    @property
+    def highest_id(self) -> int:
+        """Largest token id of all documents."""
+        return max(int(ids.max()) for ids in self.documents)
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the run."""
@@ -56,6 +60,7 @@ class TextLanes:
         return Batch(
             *rows,
             read_weight=torch.zeros(B, K * S),
+            fact=torch.zeros(B, K * S, dtype=torch.bool),
             lengths=torch.from_numpy(lengths),
             reset=torch.from_numpy(reset),
             answers=Answers(*(nothing,) * 5),
@@ -81,21 +86,26 @@ class TextLanes:
         self._passes += 1
 
 
-def _files(paths: tuple[str, ...]) -> list[Path]:
+def document_files(paths: tuple[str, ...]) -> list[Path]:
+    """The files that `paths` name; of a folder, those that end in .npy.
+
+    Raises:
+        ValueError: there are none.
+    """
     found = []
     for path in map(Path, paths):
         found += sorted(path.glob("*.npy")) if path.is_dir() else [path]
     if not found:
         raise ValueError(f"no documents: expected .npy files of token ids in {list(paths)}")
-    return found
+    return [path.resolve() for path in found]
 
 
 def _open(path: Path) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; data.paths names .npy files or folders of them")
     ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) < 2:
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) < 2 or int(ids.min()) < 0:
         raise ValueError(
-            f"{path}: expected a row of at least two whole numbers, got {ids.dtype} {ids.shape}"
+            f"{path}: expected a row of at least two ids from 0 on, got {ids.dtype} {ids.shape}"
         )
     return ids

@@ -89,10 +89,9 @@ def next_token_loss(hidden: Tensor, output: Tensor, batch: Batch, z_loss: float)
     return TokenLoss(loss, seen[asked].mean(), seen[~asked].mean(), right)
 
 
-def last_readable(read_weight: Tensor, position: Tensor, chunk: int, window: int) -> Tensor:
-    """The youngest position that an answer of its lane could have read from the store: [B] int64.
+def last_stored(position: Tensor, chunk: int, window: int) -> Tensor:
+    """The youngest position that has left the window when `position` [B] is read: [B] int64.
 
-    A token is stored once the chunk boundary W tokens behind its own chunk is crossed.
+    The window gives up whole chunks, and shows at least W tokens before the open one.
     """
-    asked = torch.where(read_weight > 0, position, -1).amax(1)
-    return asked // chunk * chunk - window - 1
+    return position // chunk * chunk - window - 1

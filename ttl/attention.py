@@ -222,7 +222,8 @@ class WindowAttention(nn.Module):
             if dead is not None or not reader.full:
                 dead = nn.functional.pad(~live, (first, 0))[:, None].expand(-1, H, -1)
                 dead = torch.cat([dead, reader.empty], -1)
-        scale = 1 + self.size_gain[:, None] * seen.clamp(min=1).log()[:, None].to(q.dtype)
+        size = seen.clamp(min=1).to(torch.promote_types(q.dtype, torch.float32)).log()
+        scale = 1 + self.size_gain[:, None] * size[:, None].to(q.dtype)
         q = q * (scale * self.head_dim**-0.5)[..., None]
         causal_at = first + k.shape[2] - C
         return softmax_read(q, keys, values, self.sink, causal_at, dead)

@@ -45,17 +45,16 @@ class StoreState(NamedTuple):
 
 
 class MemoryState(NamedTuple):
-    """Long-term memory: fast weights, their momentum and the page that is still open."""
+    """Long-term memory: fast weights, their momentum and the chunk or page that is still open."""
 
-    weights: tuple[Tensor, ...]  # per layer of the memory, [B, H, out, in] float32
+    weights: tuple[Tensor, ...]  # per layer, [B, H, in, out] float32, less the initial weights
     momentum: tuple[Tensor, ...]  # same shapes; empty tuple without momentum
-    k: Tensor  # [B, H, P, K] float32 keys of the open page
-    v: Tensor  # [B, H, P, K] float32
-    gates: Tensor  # [B, H, P, 3] float32: keep, momentum, raw step of the open page
-    written: Tensor  # [B, P] bool: the token takes part in the write
-    tail: Tensor  # [B, R, 3 * H * K] last inputs of the short convolution
-    surprise: Tensor  # [B, 2] float32: sum of weights and running mean, up to the last boundary
-    open_surprise: Tensor  # [B, P] float32, surprise of the open page
+    k: Tensor  # [B, P, H, K] float32 keys of the open page
+    v: Tensor  # [B, P, H, K] float32
+    gates: Tensor  # [B, P, H, 2 or 3] float32: keep, step and, if there is one, momentum
+    live: Tensor  # [B, P] bool: a token is there that may be written
+    tail: Tensor  # [B, R, 3 * H * K] last inputs of the convolution, 2 * H * K of a paged memory
+    surprise: Tensor  # [B, 2] float32: weight and running mean, up to the last boundary
 
 
 class FastState(NamedTuple):

@@ -7,7 +7,6 @@ It is written here, with names in a fixed order: equal states give equal bytes, 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -15,11 +14,13 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from wakesleep.ttl.files import open_regular
 from wakesleep.ttl.state import Tree, flatten, unflatten
 from wakesleep.ttl.tensor_file import DTYPE_NAMES, ITEM_BYTES, Expected, read_tensors
 
 SCHEMA = 1  # of the state's tree: names, shapes and what they mean
 KIND = "wakesleep state"
+MAX_STATE_BYTES = 1 << 36
 
 
 def save_state(path: str | Path, state: Tree, header: Mapping[str, str]) -> None:
@@ -32,7 +33,7 @@ def write_state(file: BinaryIO, state: Tree, header: Mapping[str, str]) -> None:
     """Write `state` to an open file; tensors go one by one, so that memory stays flat."""
     # Widest numbers first: every tensor then starts at a multiple of its own width.
     tensors = sorted(flatten(state).items(), key=lambda item: (-item[1].element_size(), item[0]))
-    table: dict = {"__metadata__": {"kind": KIND, "schema": str(SCHEMA), **header}}
+    table: dict = {"__metadata__": {**header, "kind": KIND, "schema": str(SCHEMA)}}
     end = 0
     for name, tensor in tensors:
         begin, end = end, end + tensor.numel() * ITEM_BYTES[DTYPE_NAMES[tensor.dtype]]
@@ -56,12 +57,12 @@ def load_state(path: str | Path, like: Tree) -> tuple[Tree, dict[str, str]]:
             takes no memory. Its numbers are not read.
 
     Raises:
-        ValueError: not such a file, another schema, or other tensors than those of `like`.
+        ValueError: not such a file, a link to one, another schema, or other tensors than `like`.
             Nothing is allocated then.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)
-    with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
-        return read_state(file, like, Path(path).name)
+    path = Path(path)
+    with open_regular(path, MAX_STATE_BYTES) as file:
+        return read_state(file, like, path.name)
 
 
 def read_state(file: BinaryIO, like: Tree, where: str) -> tuple[Tree, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Promises of the tokenizer: lossless, digits apart, no special ids from text, cuts do not matter."""
+"""Promises of the tokenizer: nothing is lost, no special id from text, cuts do not matter."""
 
 import hashlib
 import json
@@ -188,6 +188,11 @@ def damaged(change) -> bytes:
     return json.dumps(tree).encode()
 
 
+def make_a_special_token_of_text(tree):
+    tree["model"]["vocab"].update({"<|en": 4096, "d|>": 4097})
+    tree["model"]["merges"].append(["<|en", "d|>"])
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -200,7 +205,11 @@ def damaged(change) -> bytes:
         (damaged(lambda t: t["model"]["vocab"].update({"<|end|>": 9})), "ids"),
         (damaged(lambda t: t["model"]["vocab"].pop("Ġthe")), "ids, its merges"),
         (damaged(lambda t: t["model"]["merges"].append(["q", "\u4e00"])), "merges"),
-        (damaged(lambda t: t["model"]["merges"].append([1, 2])), "form"),
+        (damaged(lambda t: t["model"]["merges"].append([1, 2])), "merges"),
+        (damaged(make_a_special_token_of_text), "its merges"),
+        (damaged(lambda t: t["model"]["merges"].append(["q"])), "form"),
+        (damaged(lambda t: t["model"]["merges"].append([[], []])), "form"),
+        (damaged(lambda t: t["model"]["vocab"].update({"Ġthe": 300.0})), "ids"),
         (damaged(lambda t: t["model"]["vocab"].update({"\u4e00": 4096})), "not a byte"),
     ],
 )

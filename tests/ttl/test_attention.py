@@ -68,8 +68,8 @@ def twin(attention, x):
             seen = 1 + len(window) + len(store[h])
             scale = (1 + attention.size_gain[h] * math.log(seen)) / math.sqrt(K)
             logits, values = [attention.sink[h]], [v.new_zeros(K)]
-            logits.append(scale * q[t, h] @ attention.persistent[0, h])
-            values.append(attention.persistent[1, h])
+            logits.append(scale * q[t, h] @ attention.persistent[0, h, 0])
+            values.append(attention.persistent[1, h, 0])
             newest_first = sorted(store[h], reverse=True)
             near = [(p, t - p) for p in window]
             far = [(p, W + C + r) for r, p in enumerate(newest_first)]

@@ -78,10 +78,19 @@ def test_anything_else_is_refused_by_name(values, words):
         config_from_json(Outer, values)
 
 
-@pytest.mark.parametrize(
-    "data", [b"NaN", b"[Infinity]", b'{"a": 1, "a": 2}', b"[" * 60_000, b"\xff", b"{", b"9" * 9999]
-)
-def test_json_that_a_parser_could_read_in_two_ways_is_refused(data):
+AMBIGUOUS = {
+    "not a number": b"NaN",
+    "infinity": b"[Infinity]",
+    "repeated key": b'{"a": 1, "a": 2}',
+    "deep": b"[" * 60_000,
+    "not UTF-8": b"\xff",
+    "cut off": b"{",
+    "endless number": b"9" * 9999,
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_json_that_parsers_could_disagree_on_is_refused(case):
     with pytest.raises(ValueError, match="x is not plain JSON") as error:
-        parse_json(data, "x")
+        parse_json(AMBIGUOUS[case], "x")
     assert len(str(error.value)) < 200

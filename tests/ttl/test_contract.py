@@ -145,8 +145,10 @@ def test_no_output_depends_on_later_tokens(config):
 @torch.no_grad()
 def test_lanes_do_not_see_each_other(config):
     model = build(config, scale=20.0)
+    # a surprise gate gathers written tokens: as many rows as the fullest lane has
+    atol = 1e-12 if config.memory.gate_threshold else 0.0
     for lane in range(B):
-        assert_isolated(model, model.init_state(B), draw(5), draw(6), lane)
+        assert_isolated(model, model.init_state(B), draw(5), draw(6), lane, atol)
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ def test_a_regular_file_is_read_and_hashed_from_its_start(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"abc")
     with open_regular(path, max_bytes=3) as file:
-        assert sha256_of(file).startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
-        assert file.read() == b"abc"
+        for _ in range(2):
+            assert sha256_of(file).startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+            assert file.read() == b"abc"
 
 
 def make_link(path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from wakesleep.ttl import model_io
+from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.model_io import load_model, model_sha256, save_model
 from wakesleep.ttl.store import StoreConfig
@@ -24,6 +26,7 @@ CONFIG = ModelConfig(
     chunk=4,
     memory_layers=(0,),
     store_layers=(1,),
+    memory=MemoryConfig(kind="matrix", huber=math.inf),
     store=StoreConfig(capacity=8, hidden=8),
 )
 TOKENIZER = b'{"version": "1.0"}'

@@ -57,33 +57,47 @@ def test_the_header_of_the_cases_below_is_good_but_for_one_thing(tmp_path):
     assert torch.equal(tensors["a"], torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"", "cut off"),
-        (b"\x00" * 7, "cut off"),
-        (pack(GOOD)[:40], "cut off"),
-        ((2**63).to_bytes(8, "little") + b"{}", "cut off"),
-        (pack(b" " * (MAX_HEADER_BYTES + 1)), "cut off"),
-        (pack(b"{"), "not plain JSON"),
-        (pack([]), "not a table"),
-        (pack({**GOOD, "a": 1}), "not a table"),
-        (pack(GOOD, bytes(31)), "has .* bytes; its header stands for"),
-        (pack(GOOD, bytes(33)), "has .* bytes; its header stands for"),
-        (pack({"a": GOOD["a"]}, bytes(24)), "'b' is missing"),
-        (pack({**GOOD, "d": entry("F32", [], 32, 36)}, bytes(36)), "'d' is unknown"),
-        (pack({**GOOD, "a": entry("F32", [3, 2], 0, 24)}), r"shape \[3, 2\]; .* \[2, 3\]"),
-        (pack({**GOOD, "a": entry("F32", [2**40, 2**40], 0, 24)}), "has the shape"),
-        (pack({**GOOD, "a": entry("F64", [2, 3], 0, 48)}), "'a' is F64"),
-        (pack({**GOOD, "a": entry("F32", [2, 3], 0, 20)}), "wrong byte range"),
-        (pack({**GOOD, "b": entry("I64", [], 16, 24)}), "wrong byte range"),  # overlap
-        (pack({**GOOD, "b": entry("I64", [], 32, 40)}, bytes(40)), "wrong byte range"),  # hole
-        (pack({**GOOD, "a": entry("F32", [2, 3], -24, 0)}), "wrong byte range"),
-        (pack({**GOOD, "a": {"dtype": "F32", "shape": [2, 3]}}), "without a byte range"),
-        (pack({**GOOD, "c": entry("BOOL", [False, 4], 32, 32)}), "not a safetensors file"),
-    ],
-)
-def test_anything_else_is_refused(data, words, tmp_path):
+REFUSED = {
+    "empty": (b"", "cut off"),
+    "shorter than a length": (b"\x00" * 7, "cut off"),
+    "header cut off": (pack(GOOD)[:40], "cut off"),
+    "length beyond 63 bits": ((2**63).to_bytes(8, "little") + b"{}", "cut off"),
+    "header too long": (pack(b" " * (MAX_HEADER_BYTES + 1)), "cut off"),
+    "header not JSON": (pack(b"{"), "not plain JSON"),
+    "header a list": (pack([]), "not a table"),
+    "tensor a number": (pack({**GOOD, "a": 1}), "not a table"),
+    "numbers cut off": (pack(GOOD, bytes(31)), "has .* bytes; its header stands for"),
+    "numbers left over": (pack(GOOD, bytes(33)), "has .* bytes; its header stands for"),
+    "tensor missing": (pack({"a": GOOD["a"]}, bytes(24)), "'b' is missing"),
+    "tensor unknown": (
+        pack({**GOOD, "d": entry("F32", [], 32, 36)}, bytes(36)),
+        "'d' is unknown",
+    ),
+    "shape transposed": (
+        pack({**GOOD, "a": entry("F32", [3, 2], 0, 24)}),
+        r"shape \[3, 2\]; .* \[2, 3\]",
+    ),
+    "shape huge": (pack({**GOOD, "a": entry("F32", [2**40, 2**40], 0, 24)}), "has the shape"),
+    "dtype wider": (pack({**GOOD, "a": entry("F64", [2, 3], 0, 48)}), "'a' is F64"),
+    "range short": (pack({**GOOD, "a": entry("F32", [2, 3], 0, 20)}), "wrong byte range"),
+    "range short, the next long": (
+        pack({**GOOD, "a": entry("F32", [2, 3], 0, 20), "b": entry("I64", [], 20, 32)}),
+        "'a' has a wrong byte range",
+    ),
+    "ranges overlap": (pack({**GOOD, "b": entry("I64", [], 16, 24)}), "wrong byte range"),
+    "hole": (pack({**GOOD, "b": entry("I64", [], 32, 40)}, bytes(40)), "wrong byte range"),
+    "range negative": (pack({**GOOD, "a": entry("F32", [2, 3], -24, 0)}), "wrong byte range"),
+    "no range": (pack({**GOOD, "a": {"dtype": "F32", "shape": [2, 3]}}), "without a byte range"),
+    "false for 0": (
+        pack({**GOOD, "c": entry("BOOL", [False, 4], 32, 32)}),
+        "not a safetensors file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_anything_else_is_refused(case, tmp_path):
+    data, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         read(tmp_path / "x", data)
 

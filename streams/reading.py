@@ -1,0 +1,187 @@
+"""Read documents into a session: segment by segment, with metrics, questions and snapshots.
+
+What is done when depends on token counts alone, so that a stream that was killed and resumed does
+the same at the same places. Nothing here grows with the stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from wakesleep.streams.manifest import DocumentRecord, Manifest
+from wakesleep.streams.planting import ask_facts, inserts_of, sample_of
+from wakesleep.streams.reading_plan import ReadingPlan, Task
+from wakesleep.streams.recorder import IDS, METRICS, Recorder
+from wakesleep.streams.runner import Carried, StreamRunner
+from wakesleep.streams.segments import Insert, SegmentReader
+from wakesleep.streams.snapshot import write_manifest, write_snapshot
+from wakesleep.streams.stopping import Stopped, StopSignals
+from wakesleep.streams.token_reader import TokenReader, open_tokens
+from wakesleep.streams.tokenizer import END
+
+METRICS_EVERY = 8_192  # tokens between two lines of metrics.jsonl
+ASKED_AT = (100_000, 1_000_000, 10_000_000)  # tokens after which some planted facts are asked
+ASKED = 4  # of them
+
+Fetched = TypeVar("Fetched")
+
+
+class Watch(Protocol):
+    """Who wants to see how it goes."""
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """A line was added to metrics.jsonl."""
+
+    def answers(self, tokens: int, facts: Sequence[Mapping[str, Any]]) -> None:
+        """Planted facts were asked after `tokens` tokens."""
+
+
+class Reading:
+    """One call of `stream`: carry out a plan and keep the folder up to date."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        runner: StreamRunner,
+        recorder: Recorder,
+        stop: StopSignals,
+        watch: Watch | None = None,
+        saved: Carried | None = None,
+    ) -> None:
+        """saved: what the manifest's state file holds, if that is the runner's."""
+        self.folder, self.manifest, self.runner, self.saved = folder, manifest, runner, saved
+        self._recorder, self._stop, self._watch = recorder, stop, watch
+
+    def carry_out(self, plan: ReadingPlan, source: str | None, first: TokenReader) -> None:
+        """Read all tasks of `plan`; the last snapshot is that of the end.
+
+        Args:
+            source: where the documents are: a file, a folder, or None for standard input.
+            first: the first task's document, opened where it goes on.
+
+        Raises:
+            Stopped: a signal came; everything read is saved.
+            RuntimeError: a document turned out to be unreadable; what was read is saved.
+            OSError: a file could not be written; the last snapshot counts.
+        """
+        used, tokens = plan.used, first
+        self.runner.start_clock()
+        for task in plan.tasks:
+            left = self.manifest.config.limit_tokens - used
+            if left <= 0:
+                break
+            tokens = tokens or open_tokens(task.document, self.runner.language_model.tokenizer)
+            used += self._read_document(task, tokens, source, left)
+            tokens = None
+        self.finish()
+
+    def finish(self) -> None:
+        """Write the last line of metrics and the last snapshot."""
+        if self.runner.meters.line.tokens:
+            self._write_metrics()
+        self.runner.stop_clock()
+        self.save()
+
+    def save(self) -> None:
+        """Write a snapshot of this place."""
+        lengths = self._recorder.sync()
+        self.manifest = dataclasses.replace(
+            self.manifest,
+            tokens=self.runner.tokens,
+            meters=self.runner.meters,
+            metrics_bytes=lengths[METRICS],
+            ids_bytes=lengths.get(IDS, 0),
+        )
+        if self.saved is self.runner.carried:
+            write_manifest(self.folder, self.manifest)
+        else:
+            self.manifest = write_snapshot(self.folder, self.manifest, self.runner.carried)
+            self.saved = self.runner.carried
+
+    def _read_document(
+        self, task: Task, tokens: TokenReader, source: str | None, limit: float
+    ) -> int:
+        """Read one document up to its end or `limit` tokens of it; return its tokens."""
+        index, record = self._begin(task, source)
+        reader = SegmentReader(
+            tokens,
+            self._inserts(index),
+            self.manifest.config.segment_len,
+            tokens=record.tokens,
+            inserted=record.inserted,
+            limit=limit,
+        )
+        while segment := self.fetch(reader.read):
+            before = self.runner.tokens
+            self.runner.read(segment)
+            self._recorder.ids(segment.ids)
+            self._set_record(index, record.at(reader.cursor, reader.tokens, reader.inserted))
+            self.after_segment(before)
+        record = self.manifest.documents[index]
+        self._set_record(index, dataclasses.replace(record, finished=True, ended=reader.ended))
+        return record.tokens
+
+    def fetch(self, read: Callable[[], Fetched]) -> Fetched:
+        """Call `read`; a fault of the document ends the reading, not what was read."""
+        try:
+            return read()
+        except ValueError as error:
+            self.save()
+            what = str(error).splitlines()[0]
+            raise RuntimeError(
+                f"{what}; the {self.runner.tokens:,} tokens before are saved"
+            ) from error
+
+    def after_segment(self, before: int) -> None:
+        """Do what is due between `before` and the tokens that are read now."""
+        now = self.runner.tokens
+        if now // METRICS_EVERY > before // METRICS_EVERY:
+            self._write_metrics()
+        if self._watch is not None and any(before < asked <= now for asked in ASKED_AT):
+            facts = sample_of(self.manifest.facts, now, ASKED)
+            if facts:
+                rows = ask_facts(self.runner.language_model, self.runner.state, facts, now)
+                self._watch.answers(now, rows)
+        save_every = self.manifest.config.save_every
+        stopping = bool(self._stop)  # a signal may come at any moment: look once
+        if stopping or now // save_every > before // save_every:
+            self.save()
+        if stopping:
+            raise Stopped(self._stop.number)
+
+    def _write_metrics(self) -> None:
+        line = self.runner.metrics_line()
+        self._recorder.metrics(line)
+        if self._watch is not None:
+            self._watch.metrics(line)
+
+    def _begin(self, task: Task, source: str | None) -> tuple[int, DocumentRecord]:
+        """The number and the record of a task's document, which is unfinished from now on."""
+        records = self.manifest.documents
+        if task.index is None:
+            record = DocumentRecord(name=task.document.name, source=source)
+            # Of standard input nothing can follow once the process has ended.
+            records = tuple(dataclasses.replace(r, finished=True) for r in records)
+            self.manifest = dataclasses.replace(self.manifest, documents=(*records, record))
+            return len(records), record
+        record = records[task.index]
+        if record.tokens:
+            self.runner.meters.resumed_at.append(self.runner.tokens)
+        record = dataclasses.replace(record, name=task.document.name, source=source, finished=False)
+        self._set_record(task.index, record)
+        return task.index, record
+
+    def _set_record(self, index: int, record: DocumentRecord) -> None:
+        records = list(self.manifest.documents)
+        records[index] = record
+        self.manifest = dataclasses.replace(self.manifest, documents=tuple(records))
+
+    def _inserts(self, index: int) -> list[Insert]:
+        """What is put into a document: facts into the first one, an end before every other."""
+        if index > 0:
+            return [Insert(0, [END])]
+        return inserts_of(self.manifest.facts, self.runner.language_model.tokenizer)

@@ -1,0 +1,223 @@
+"""Read segments with a model: carry the state, score every token, count what it costs.
+
+Shapes: B lanes, T tokens of a segment, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wakesleep.streams.language_model import LanguageModel
+from wakesleep.streams.meters import Meters, Span
+from wakesleep.streams.segments import Segment
+from wakesleep.streams.stream_config import StreamConfig
+from wakesleep.ttl.flops import wake_flops
+from wakesleep.ttl.state import StreamState, map_state, nbytes
+
+
+class Carried(NamedTuple):
+    """Everything that reading goes on from, as it is saved."""
+
+    stream: StreamState
+    logits: Tensor  # [B, V] prediction of the next token; zeros before the first
+
+
+class StreamRunner:
+    """Feed segments to a model, one after the other, and keep the totals.
+
+    Args:
+        carried: where to start; lanes that have read nothing if None.
+        meters: totals so far; they are added to.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        carried: Carried | None = None,
+        meters: Meters | None = None,
+        *,
+        lanes: int = 1,
+        window: int | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        self.language_model = language_model
+        sizes = {"window": window, "capacity": capacity}
+        self.carried = carried or fresh(language_model, lanes, **sizes)
+        self.meters = meters or Meters()
+        self._idle_since: float | None = None
+
+    @property
+    def state(self) -> StreamState:
+        return self.carried.stream
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were read since the start of the session."""
+        return self.meters.total.tokens
+
+    def start_clock(self) -> None:
+        """Begin to count seconds; what happens before the next segment is a pause."""
+        self._idle_since = time.monotonic()
+
+    def stop_clock(self) -> None:
+        """Count the time since the last segment, too, and then no more."""
+        self._count_seconds(time.monotonic())
+        self._idle_since = None
+
+    def read(self, segment: Segment) -> None:
+        """Read one segment of a single lane and add it to the totals."""
+        lengths = np.array([len(segment.ids)])
+        self.read_lanes(segment.ids[None], segment.text[None], lengths)
+
+    @torch.inference_mode()
+    def read_lanes(
+        self,
+        ids: np.ndarray,
+        text: np.ndarray,
+        lengths: np.ndarray,
+        reset: np.ndarray | None = None,
+    ) -> None:
+        """Read one segment of every lane and add them to the totals.
+
+        The time since the segments before is a pause: tokens are fetched, snapshots written,
+        questions asked, but nothing is read.
+
+        Args:
+            ids: [B, T] int64; text: [B, T] bool, the documents' own among them.
+            lengths: [B] int64, how many of a lane's ids count; reset: [B] bool, start afresh first.
+        """
+        begin = time.monotonic()
+        if self._idle_since is not None:
+            self.meters.pauses.add(begin - self._idle_since)
+        if reset is not None and reset.any():
+            self._reset(torch.from_numpy(reset))
+        model, before = self.language_model.model, self.carried
+        device = before.logits.device
+        tokens, counts = torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
+        logits, stream, stats = model(tokens, before.stream, counts)
+        nats = _nats(before.logits, logits, tokens).cpu()
+        inside = torch.arange(ids.shape[1], device=device) < counts[:, None]
+        self.meters.add(
+            Span(
+                tokens=int(lengths.sum()),
+                text_tokens=int(text.sum()),
+                text_bytes=self.language_model.tokenizer.num_bytes(ids[text]),
+                nats=float(nats[torch.from_numpy(text)].sum()),
+                surprise=float(stats.surprise.double()[inside].sum()),
+            )
+        )
+        self.meters.nonfinite_rows += int(stats.nonfinite.sum())
+        self.meters.wake_flops += self._flops(before.stream.position.tolist(), lengths.tolist())
+        last = logits[torch.arange(len(ids), device=device), (counts - 1).clamp(min=0)]
+        last = torch.where(counts[:, None] > 0, last, before.logits)
+        self.carried = Carried(stream, last)
+        self._count_seconds(time.monotonic())
+
+    def _reset(self, lanes: Tensor) -> None:
+        lanes = lanes.to(self.carried.logits.device)
+        stream = self.language_model.model.reset(self.state, lanes)
+        logits = torch.where(lanes[:, None], 0.0, self.carried.logits)
+        self.carried = Carried(stream, logits)
+
+    def _flops(self, positions: list[int], lengths: list[int]) -> int:
+        """Cost of reading so many tokens from there on, lane by lane."""
+        model = self.language_model.model
+        sizes = {"window": model.window_of(self.state), "capacity": capacity_of(self.state)}
+        return sum(
+            wake_flops(model.config, position, length, **sizes)
+            for position, length in zip(positions, lengths, strict=True)
+            if length
+        )
+
+    def _count_seconds(self, now: float) -> None:
+        if self._idle_since is not None:
+            self.meters.seconds += now - self._idle_since
+            self.meters.line_seconds += now - self._idle_since
+            self._idle_since = now
+
+    def metrics_line(self) -> dict[str, float | int | None]:
+        """What happened since the last such line; the sums of the next one start at zero."""
+        meters, line = self.meters, self.meters.line
+        speed = line.tokens / meters.line_seconds if meters.line_seconds else None
+        result = {
+            "tokens": self.tokens,
+            "bits_per_byte": line.bits_per_byte,
+            "surprise": line.surprise / max(1, line.tokens),
+            "store_fill": store_fill(self.state),
+            "nonfinite_rows": meters.nonfinite_rows,
+            "wake_flops": meters.wake_flops,
+            "seconds": meters.seconds,
+            "tokens_per_second": speed,
+        }
+        meters.line, meters.line_seconds = Span(), 0.0
+        return result
+
+    @property
+    def state_bytes(self) -> int:
+        return nbytes(self.state)
+
+
+def fresh(
+    language_model: LanguageModel,
+    lanes: int = 1,
+    *,
+    window: int | None = None,
+    capacity: int | None = None,
+) -> Carried:
+    """Lanes that have read nothing. Their first tokens count as log V nats."""
+    model = language_model.model
+    stream = model.init_state(lanes, window=window, capacity=capacity)
+    logits = torch.zeros(lanes, model.config.vocab_size, device=stream.position.device)
+    return Carried(stream, logits.to(next(model.parameters()).dtype))
+
+
+def on_meta(language_model: LanguageModel, config: StreamConfig) -> Carried:
+    """The shapes of a session's state, without memory for the numbers."""
+    model = language_model.model
+    with torch.device("meta"):
+        plan = type(model)(model.config).to(next(model.parameters()).dtype)
+    empty = language_model._replace(model=plan)
+    return fresh(empty, config.lanes, window=config.window, capacity=config.store.capacity)
+
+
+def to_device(carried: Carried, device: torch.device) -> Carried:
+    """The same numbers on another device."""
+    return map_state(lambda t: t.to(device), carried)
+
+
+def capacity_of(state: StreamState) -> int | None:
+    """Places of the store per layer and head; None without a store."""
+    stores = [block.store for block in state.blocks if block.store is not None]
+    return stores[0].position.shape[-1] if stores else None
+
+
+def store_fill(state: StreamState) -> float | None:
+    """Share of the store's places that hold a pair, over all layers; None without a store."""
+    stores = [block.store for block in state.blocks if block.store is not None]
+    if not stores:
+        return None
+    return sum(float((s.position >= 0).double().mean()) for s in stores) / len(stores)
+
+
+def _nats(before: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood [B, T] float64 of each token, given those before it.
+
+    A prediction that is not finite counts as none, that is, as log V.
+
+    before: [B, V] logits at the token before the first one; logits: [B, T, V].
+    """
+    first = _loss(before, tokens[:, 0])[:, None]
+    rest = _loss(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    nats = torch.cat([first, rest.view(len(tokens), -1)], 1).double()
+    return torch.where(nats.isfinite(), nats, math.log(logits.shape[-1]))
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.nn.functional.cross_entropy(logits, tokens, reduction="none")

@@ -1,0 +1,73 @@
+"""summary.json: what a stream came to, in numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wakesleep.streams.manifest import Manifest
+from wakesleep.streams.meters import peak_rss_bytes
+from wakesleep.ttl.config_json import parse_json
+from wakesleep.ttl.files import open_regular, write_atomically
+
+SUMMARY = "summary.json"
+MAX_BYTES = 1 << 26
+
+
+def summarise(manifest: Manifest, state_bytes: int, facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of a session at a snapshot. Bytes and bits are those of the documents' text."""
+    meters = manifest.meters
+    return {
+        "tokens": manifest.tokens,
+        "bytes": meters.total.text_bytes,
+        "seconds": meters.seconds,
+        "tokens_per_second": manifest.tokens / meters.seconds if meters.seconds else 0.0,
+        "bits_per_byte": meters.total.bits_per_byte,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "state_bytes": state_bytes,
+        "wake_flops": meters.wake_flops,
+        "sleep_flops": 0,
+        "gate_flops": 0,
+        "wasted_flops": 0,
+        "sleeps": 0,
+        "sleep_log": [],
+        "offline_ratio": 0,
+        "pause_p50": meters.pauses.percentile(0.5),
+        "pause_p95": meters.pauses.percentile(0.95),
+        "pause_max": meters.pauses.longest,
+        "nonfinite_rows": meters.nonfinite_rows,
+        "resumed_at": list(meters.resumed_at),
+        "facts": facts,
+    }
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Replace summary.json."""
+    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / SUMMARY, text.encode() + b"\n")
+
+
+def read_summary(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """The summary that was written for this very snapshot, None if there is none."""
+    try:
+        with open_regular(folder / SUMMARY, MAX_BYTES) as file:
+            summary = parse_json(file.read(), SUMMARY)
+    except ValueError:
+        return None
+    if type(summary) is not dict or summary.get("tokens") != manifest.tokens:
+        return None
+    whole = _kinds(summary) == _kinds(summarise(manifest, 0, []))
+    return summary if whole and all(map(_is_fact, summary["facts"])) else None
+
+
+def _is_fact(row: Any) -> bool:
+    kinds = dict.fromkeys(("kind", "question", "answer", "predicted"), str)
+    kinds |= {"correct": bool, "known": bool, "confidence": float, "age_tokens": float}
+    return type(row) is dict and _kinds(row) == kinds
+
+
+def _kinds(values: dict[str, Any]) -> dict[str, type]:
+    """The type of every value; a number is a number, whole or not."""
+    kinds = {name: type(value) for name, value in values.items()}
+    return {name: float if kind is int else kind for name, kind in kinds.items()}

@@ -1,0 +1,45 @@
+"""Every key that is asked for was said once, and its value follows it."""
+
+import numpy as np
+import pytest
+
+from wakesleep.streams.mqar import MQAR, MQARConfig
+
+
+@pytest.mark.parametrize("queries, length", [(6, 24), (6, 40), (3, 19)])
+def test_every_answer_is_the_value_of_its_key(queries, length):
+    task = MQAR(MQARConfig(pairs=6, queries=queries, vocab_size=40), length, seed=0)
+    for step in range(20):
+        batch = task.batch(step, lanes=3)
+        tokens, weight = batch["tokens"], batch["weight"]
+        assert weight.sum() == 3 * queries == len(batch["answer_lane"])
+        for lane, start, stop, age in zip(
+            *(batch[f"answer_{name}"] for name in ("lane", "start", "stop", "age")), strict=True
+        ):
+            row = tokens[lane]
+            said = row[:12].tolist()
+            at = said[::2].index(row[start - 1]) * 2
+            assert weight[lane, start] == 1 and stop == start + 1
+            assert row[start] == said[at + 1] and age == start - (at + 1)
+        for row in tokens:
+            keys = row[:12:2]
+            asked = row[12:][np.isin(row[12:], keys)]
+            assert len(set(keys)) == 6 and len(asked) == len(set(asked)) == queries
+            assert (row[1:12:2] >= 20).all() and (keys < 20).all() and (keys > 0).all()
+
+
+def test_a_batch_depends_on_its_number_and_the_seed_alone():
+    config = MQARConfig(pairs=6, queries=6, vocab_size=40)
+    same = [MQAR(config, 32, 0).batch(5, 2)["tokens"] for _ in range(2)]
+    assert np.array_equal(*same)
+    for other in (MQAR(config, 32, 1).batch(5, 2), MQAR(config, 32, 0).batch(6, 2)):
+        assert not np.array_equal(same[0], other["tokens"])
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"sequence_len must be at least .* = 24, got 23"):
+        MQAR(MQARConfig(pairs=6, queries=6, vocab_size=40), 23, 0)
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 2 \* pairs \+ 2 = 14"):
+        MQARConfig(pairs=6, queries=6, vocab_size=13)
+    with pytest.raises(ValueError, match="queries must be between 1 and pairs=6"):
+        MQARConfig(pairs=6, queries=7, vocab_size=40)

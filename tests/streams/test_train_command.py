@@ -1,0 +1,107 @@
+"""`wakesleep train` from outside; the training itself is replaced by what it may do."""
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from wakesleep.streams import cli, doctor_command
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.stopping import Stopped
+from wakesleep.streams.train_command import find_recipe
+
+
+@pytest.fixture(autouse=True)
+def _inside_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """Put a function in the place of `training.train`; return its calls."""
+
+    def replace(train):
+        module = types.SimpleNamespace(train=train)
+        monkeypatch.setitem(sys.modules, "wakesleep.streams.training", module)
+
+    return replace
+
+
+def test_a_recipe_is_a_path_or_one_that_is_installed():
+    installed = find_recipe("configs/mqar.yaml")
+    assert installed.is_file() and find_recipe("mqar.yaml") == installed
+    Path("mqar.yaml").write_text("seed: 1\n")
+    assert find_recipe("mqar.yaml") == Path("mqar.yaml")
+    for name in ("elsewhere/mqar.yaml", "mqra.yaml"):
+        with pytest.raises(Refused, match=r"did you mean configs/mqar\.yaml"):
+            find_recipe(name)
+
+
+def test_train_hands_over_the_merged_settings(training, capsys):
+    calls = []
+
+    def train(config, output, *, resume):
+        calls.append((config.optim.lr, config.trainer, output, resume))
+        return {"output": str(output), "steps": 3000, "model_sha256": "0", "resumed_at": []}
+
+    training(train)
+    words = ["mqar.yaml", "optim.lr=1e-4", "trainer.max_steps=3k", "--output", "out", "--json"]
+    assert cli.main(["train", *words]) == 0
+    assert calls == [(1e-4, {"max_steps": 3000}, Path("out"), False)]
+    out, err = capsys.readouterr()
+    assert json.loads(out)["steps"] == 3000
+    assert err.startswith("3,000 steps of ") and "model=out/last" in err
+    assert cli.main(["train", *words, "--resume"]) == 0 and calls[-1][-1] is True
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--print-config", "seed: 3 "), ("--dry-run", "3,000 steps of 2.05k tokens")],
+)
+def test_looking_at_the_settings_trains_nothing(training, capsys, flag, words):
+    training(lambda *_, **__: pytest.fail("it trained"))
+    assert cli.main(["train", "mqar.yaml", "seed=3", "--output", "out", flag]) == 0
+    assert words in capsys.readouterr().out
+    assert os.listdir() == []
+
+
+def test_a_refused_folder_takes_three_lines_in_all(training, capsys):
+    def train(config, output, *, resume):
+        raise Refused("out holds a run", "with other settings", "choose another --output")
+
+    training(train)
+    Path("out").mkdir()
+    assert cli.main(["train", "mqar.yaml", "--output", "out"]) == 2
+    out, err = capsys.readouterr()
+    assert len((out + err).splitlines()) == 3 and "holds a run" in err
+
+
+def test_a_stopped_run_says_how_to_go_on(training, capsys):
+    def train(config, output, *, resume):
+        raise Stopped(15)
+
+    training(train)
+    assert cli.main(["train", "mqar.yaml", "seed=3", "--output", "a run"]) == 143
+    again = "go on with: wakesleep train mqar.yaml seed=3 --output 'a run' --resume"
+    assert again in capsys.readouterr().err
+
+
+def test_a_stray_torchvision_is_named_instead_of_its_error(monkeypatch, capsys):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setitem(sys.modules, "wakesleep.streams.training", Broken("training"))
+    clash = "torchvision 0.28.0 does not match torch 2.13.0; run: pip uninstall torchvision"
+    for found, code, words in ((clash, 2, "run: pip uninstall torchvision"), (None, 1, "nms")):
+        monkeypatch.setattr(doctor_command, "torchvision_clash", lambda found=found: found)
+        assert cli.main(["train", "mqar.yaml", "--output", "out"]) == code
+        assert words in capsys.readouterr().err
+
+
+def test_train_needs_a_folder_for_what_it_leaves(capsys):
+    assert cli.main(["train", "mqar.yaml"]) == 2
+    assert "--output runs/mqar" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""The schedule, what a step draws, and the recipes that ship."""
+
+from importlib.resources import files
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from wakesleep.streams.config import load_config
+from wakesleep.streams.training_config import OptimConfig, TrainConfig
+from wakesleep.streams.training_draws import draw_step
+
+RECIPES = sorted(entry.name for entry in files("wakesleep.configs").iterdir())
+RECIPES = [name for name in RECIPES if name.endswith(".yaml")]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_rate_rises_then_falls_to_its_floor(schedule):
+    optim = OptimConfig(warmup=10, schedule=schedule, floor=0.1)
+    rates = [optim.rate(step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0 == max(rates)
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[100] == pytest.approx(0.1) == optim.rate(1000, 100)
+    assert optim.rate(55, 100) == pytest.approx(0.55)
+
+
+def config(**admission) -> TrainConfig:
+    layer = {
+        "model.vocab_size": 64,
+        "data.mqar.pairs": 4,
+        "data.mqar.queries": 4,
+        "data.mqar.vocab_size": 64,
+        "train.lanes": 3,
+        "train.sequence_len": 256,
+        "train.segments_per_step": 4,
+        **{f"admission.{name}": value for name, value in admission.items()},
+    }
+    return load_config(TrainConfig, overrides=layer)[0]
+
+
+def test_a_draw_depends_on_seed_and_number_alone():
+    drawing = config(capacities=[16, 64], keep_all_share=0.4, distractor_share=0.8, rank_max=512)
+    for number in range(20):
+        a, b = (draw_step(drawing, number, 100) for _ in range(2))
+        assert a[:2] == b[:2] and a.jumps == b.jumps
+        assert torch.equal(a.rank_table, b.rank_table)
+        assert all(
+            x is y is None or torch.equal(x, y) for x, y in zip(a.orders, b.orders, strict=True)
+        )
+    drawn = [draw_step(drawing, number, 100) for number in range(400)]
+    assert 0.3 < np.mean([d.keep_all for d in drawn]) < 0.5
+    assert {d.capacity for d in drawn if not d.keep_all} == {16, 64}
+    assert 0.7 < np.mean([any(d.jumps) for d in drawn]) < 0.9
+
+
+def test_every_lane_gets_the_same_number_of_different_distractors():
+    drawing = config(keep_all_share=1.0, distractor_share=1.0)
+    levels = set()
+    for number in range(50):
+        draw = draw_step(drawing, number, 40)
+        dealt = [
+            [int(i) for order in draw.orders if order is not None for i in order[lane] if i >= 0]
+            for lane in range(3)
+        ]
+        assert all(len(set(lane)) == len(lane) == len(dealt[0]) for lane in dealt)
+        assert draw.capacity == 256 + len(dealt[0])
+        assert all(i < 40 for lane in dealt for i in lane)
+        levels.add(len(dealt[0]))
+        for order, jump in zip(draw.orders, draw.jumps, strict=True):
+            assert jump % 64 == 0 and jump >= (0 if order is None else order.shape[1])
+    assert min(levels) < 10 and max(levels) > 30
+    assert draw_step(drawing, 0, 0).jumps == (0, 0, 0, 0)
+
+
+def test_stored_distances_are_spread_without_ties():
+    spread = config(capacities=[32], rank_max=512)
+    tables = torch.cat([draw_step(spread, number, 0).rank_table for number in range(50)])
+    assert tables.shape == (150, 32) and (tables.diff(dim=1) > 0).all()
+    assert int(tables.min()) >= 0 and 400 < int(tables.max()) < 512
+    assert (tables[:, -1] < 64).any()
+    full = config(capacities=[1024], rank_max=512)
+    assert torch.equal(draw_step(full, 0, 0).rank_table[0], torch.arange(1024))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_that_ship_are_valid(name):
+    load_config(TrainConfig, str(files("wakesleep.configs") / name))

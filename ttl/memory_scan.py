@@ -1,0 +1,171 @@
+"""Run the chunks of a call through a neural memory, one after another.
+
+A chunk's errors are taken at its start weights, which need the chunk before; all that does not
+depend on weights is planned for the whole call at once. With a surprise gate it cannot be: which
+tokens are written depends on the weights, so each chunk is planned when its errors are known, for
+the written tokens only.
+
+Shapes: N chunks, B lanes, H heads, X = B * H, C chunk, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wakesleep.kernels.delta_rule import DeltaMemory
+from wakesleep.kernels.memory_chunk import (
+    MatrixMemory,
+    MLPMemory,
+    Plan,
+    Stacks,
+    Weights,
+    read_rows,
+    take_rows,
+)
+
+HORIZON = 4096  # tokens over which the running mean of surprise forgets
+
+Memory = MatrixMemory | MLPMemory | DeltaMemory
+
+
+class Chunks(NamedTuple):
+    """Tokens of a call on their grid of chunks."""
+
+    q: Tensor | None  # [N, X, C, K]; None = nobody reads
+    k: Tensor  # [N, X, C, K]
+    v: Tensor  # [N, X, C, K]
+    keep: Tensor  # [N, X, C]
+    eta: Tensor | None  # [N, X, C]; None = no momentum
+    step: Tensor  # [N, X, C]
+    live: Tensor  # [N, B, C] bool, may be written
+    closed: Tensor  # [N, B] bool, the chunk is complete and counts
+
+
+class Scan(NamedTuple):
+    y: Tensor | None  # [N, X, C, K]
+    stacks: Stacks  # after the last closed chunk of each lane
+    surprise: Tensor  # [N, X, C] step * |error at the chunk's start|, 0 where not live
+    written: Tensor  # [N, B, C] bool
+    mean: Tensor  # [B, 2] weight and running mean of surprise
+
+
+def scan(
+    memory: Memory, stacks: Stacks, chunks: Chunks, mean: Tensor, threshold: float = 0.0
+) -> Scan:
+    """Read and write all chunks; a chunk that is not closed leaves its lane's stacks alone.
+
+    Args:
+        threshold: write a token if its surprise exceeds this many running means of its lane as of
+            the chunk's start; 0 = every live token, inf = none.
+        mean: [B, 2], see `Scan`; it moves at closed chunks if the threshold needs it.
+    """
+    gated = threshold > 0
+    plans = None if gated else _plan_all(memory, chunks)
+    heads = chunks.k.shape[1] // chunks.live.shape[1]
+    reads, surprises, writtens = [], [], []
+    for n in range(chunks.k.shape[0]):
+        k, live, step = chunks.k[n], chunks.live[n], chunks.step[n]
+        weights = memory.weights(stacks)
+        errors, norm = memory.errors(weights, k, chunks.v[n])
+        surprise = (step * norm).detach() * live.repeat_interleave(heads, 0)
+        if gated:
+            written = _select(surprise, live, mean, threshold)
+            mean = _update_mean(mean, surprise, live, chunks.closed[n])
+            k, errors, plan = _pack(memory, chunks, n, errors, written)
+        else:
+            written, plan = live, Plan(*(part[n] for part in plans))
+        y, stacks = _chunk(memory, stacks, weights, chunks, n, k, errors, plan)
+        reads.append(y)
+        surprises.append(surprise)
+        writtens.append(written)
+    y = None if chunks.q is None else torch.stack(reads)
+    return Scan(y, stacks, torch.stack(surprises), torch.stack(writtens), mean)
+
+
+def _plan_all(memory: Memory, chunks: Chunks) -> Plan:
+    """Plans of all chunks, every live token written; fields [N, X, ...]."""
+    N, X, _, _ = chunks.k.shape
+    written = chunks.live.repeat_interleave(X // chunks.live.shape[1], 1)
+    gates = (chunks.keep, chunks.eta, chunks.step, written)
+    flat = [None if gate is None else gate.flatten(0, 1) for gate in gates]
+    return Plan(*(t.unflatten(0, (N, X)) for t in memory.plan(chunks.k.flatten(0, 1), *flat)))
+
+
+def _chunk(
+    memory: Memory,
+    stacks: Stacks,
+    weights: Weights,
+    chunks: Chunks,
+    n: int,
+    k: Tensor,
+    errors: NamedTuple,
+    plan: Plan | None,
+) -> tuple[Tensor | None, Stacks]:
+    """Reads of chunk n and the stacks after it."""
+    q = None if chunks.q is None else chunks.q[n]
+    if plan is None:  # nothing to be written
+        return None if q is None else memory.apply(weights, q), stacks
+    closed = chunks.closed[n]
+    advances = bool(closed.any())
+    if q is None and not advances:
+        return None, stacks
+    steps = memory.steps(weights, plan, errors)
+    y = None if q is None else memory.read(stacks, q, k, plan, errors, steps)
+    if not advances:
+        return y, stacks
+    after = memory.write(stacks, plan, errors, steps)
+    if not bool(closed.all()):
+        lanes = closed.repeat_interleave(k.shape[0] // closed.shape[0])[:, None, None]
+        after = tuple(torch.where(lanes, *pair) for pair in zip(after, stacks, strict=True))
+    return y, after
+
+
+def _select(surprise: Tensor, live: Tensor, mean: Tensor, threshold: float) -> Tensor:
+    """Which tokens [B, C] are surprising enough to be written."""
+    if math.isinf(threshold):
+        return torch.zeros_like(live)
+    return live & (_over_heads(surprise, live) > threshold * mean[:, 1:])
+
+
+def _update_mean(mean: Tensor, surprise: Tensor, live: Tensor, closed: Tensor) -> Tensor:
+    """Add a closed chunk's live tokens, written or not, to the running mean."""
+    count = live.sum(1)
+    total = _over_heads(surprise, live).sum(1)
+    weight = mean[:, 0].clamp(max=HORIZON) + count
+    value = mean[:, 1] + (total - count * mean[:, 1]) / weight.clamp(min=1)
+    return torch.where(closed[:, None], torch.stack([weight, value], 1), mean)
+
+
+def _over_heads(surprise: Tensor, live: Tensor) -> Tensor:
+    """[X, C] to [B, C]."""
+    return surprise.unflatten(0, (live.shape[0], -1)).mean(1)
+
+
+def _pack(
+    memory: Memory, chunks: Chunks, n: int, errors: NamedTuple, written: Tensor
+) -> tuple[Tensor, NamedTuple, Plan | None]:
+    """Keys, errors and plan of the written tokens alone, in their order; no plan if there are none.
+
+    Lanes that write fewer tokens than the fullest one are filled up with unwritten ones.
+    """
+    k = chunks.k[n]
+    width = int(written.sum(1).max())
+    if width == 0:
+        return k, errors, None
+    heads = k.shape[0] // written.shape[0]
+    order = torch.argsort((~written).to(torch.uint8), dim=1, stable=True)[:, :width]
+    index = order.repeat_interleave(heads, 0)
+    eta = None if chunks.eta is None else take_rows(chunks.eta[n], index)
+    plan = memory.plan(
+        take_rows(k, index),
+        take_rows(chunks.keep[n], index),
+        eta,
+        take_rows(chunks.step[n], index),
+        take_rows(written.repeat_interleave(heads, 0), index),
+    )
+    plan = read_rows(plan, written.cumsum(1).repeat_interleave(heads, 0))
+    return take_rows(k, index), type(errors)(*(take_rows(e, index) for e in errors)), plan
