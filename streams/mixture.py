@@ -7,6 +7,7 @@ B lanes, T tokens each, N answers.
 from __future__ import annotations
 
 import json
+import math
 import random
 from bisect import bisect_right
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ class MixtureConfig:
 class Mixture:
     """Batches of a run; number of the batch, seed and config decide everything.
 
-    For validation the words, names, numbers and dates and the text are others.
+    For validation the words, names, numbers and dates and the text are others, and the shares are
+    those of the last stage.
 
     Raises:
         ValueError: no corpus, one of another tokenizer, or one shorter than a sequence.
@@ -105,7 +107,8 @@ class Mixture:
             answer_age (tokens since the value was said; -1: nothing was) and answer_kind (index
             into `kinds`).
         """
-        stage = bisect_right(self.config.stage_tokens, step * lanes * self.sequence_len)
+        read = math.inf if self.split == "validation" else step * lanes * self.sequence_len
+        stage = bisect_right(self.config.stage_tokens, read)
         rows = [self.sequence(step, lane, stage) for lane in range(lanes)]
         answers = [(lane, *answer) for lane, row in enumerate(rows) for answer in row.answers]
         columns = np.array(answers, np.int64).reshape(-1, 5).T

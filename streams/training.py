@@ -165,7 +165,9 @@ class StreamModule(lightning.LightningModule):
     def _start(self, draw: Draw, carried: StreamState | None) -> StreamState:
         if carried is not None:
             return to(carried, self.device)
-        return self.model.init_state(self.config.train.lanes, capacity=draw.capacity)
+        return self.model.init_state(
+            self.config.train.lanes, window=draw.window, capacity=draw.capacity
+        )
 
     def _next_token(self, read: Unrolled, batch: Batch) -> TokenLoss:
         output = self.model.embedding.weight
@@ -173,9 +175,11 @@ class StreamModule(lightning.LightningModule):
 
     def _teach(self, read: Unrolled, batch: Batch) -> Tensor:
         """The admission loss of a step whose store kept everything."""
-        admission, model = self.config.admission, self.config.model
+        admission, chunk = self.config.admission, self.config.model.chunk
         asked = torch.where(batch.read_weight > 0, read.position, -1).amax(1)
-        until = last_stored(asked, model.chunk, model.window)  # what the last answer could read
+        until = last_stored(
+            asked, chunk, self.model.window_of(read.state)
+        )  # what the last answer could read
 
         def judged(position: Tensor) -> Tensor:
             return own(position, read.foreign) & (position <= until[:, None, None])
@@ -202,10 +206,10 @@ class StreamModule(lightning.LightningModule):
             means.add("loss_answers", float(tokens.answers), asked)
         if rest > 0:
             means.add("loss_rest", float(tokens.rest), rest)
-        model = self.config.model
-        reach = model.window + model.chunk
+        chunk, window = self.config.model.chunk, self.model.window_of(read.state)
+        reach = window + chunk
         add_answers(means, batch, tokens.right, self.kinds, reach, draw.keep_all)
-        until = last_stored(read.state.position, model.chunk, model.window)
+        until = last_stored(read.state.position, chunk, window)
         facts = fact_ranking(read.state, read.position, batch.fact, until, draw.keep_all)
         for name, value in facts.items():
             means.add(name, value)

@@ -19,7 +19,9 @@ from wakesleep.ttl.model import ModelConfig
 class AdmissionConfig:
     """How the store is used while training, and how its admission head is taught."""
 
+    begin_tokens: float = 0  # read before stores select and distractors come; reads learn first
     capacities: tuple[int, ...] = ()  # places, one drawn per step; () = the model's own
+    windows: tuple[int, ...] = ()  # tokens W, one drawn per step; () = the model's own
     keep_all_share: float = 0.0  # of steps without selection; these teach the admission head
     weight: float = 1.0  # of the admission loss
     threshold: float = 0.1  # read mass of a token from which it counts as needed
@@ -32,6 +34,7 @@ class AdmissionConfig:
         for name in ("keep_all_share", "distractor_share"):
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         _require(all(c > 0 for c in self.capacities), "capacities", "above 0", self.capacities)
+        _require(self.begin_tokens >= 0, "begin_tokens", "at least 0", self.begin_tokens)
         _require(self.distractor_pool > 0, "distractor_pool", "above 0", self.distractor_pool)
         _require(self.rank_max >= 0, "rank_max", "at least 0", self.rank_max)
         _require(self.threshold > 0, "threshold", "above 0", self.threshold)
@@ -133,6 +136,11 @@ class TrainConfig:
             raise ValueError(
                 f"a segment (train.sequence_len / train.segments_per_step = {self.train.segment} "
                 f"tokens) must be a multiple of model.chunk={self.model.chunk}"
+            )
+        if any(w < 1 or w % self.model.chunk for w in self.admission.windows):
+            raise ValueError(
+                f"admission.windows must be multiples of model.chunk={self.model.chunk}, "
+                f"got {self.admission.windows}"
             )
         if self.data.kind == "text" and (self.admission != AdmissionConfig()):
             raise ValueError(

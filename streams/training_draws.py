@@ -1,4 +1,4 @@
-"""What a step draws at random: the store's size, distractors, stored distances.
+"""What a step draws at random: sizes of store and window, distractors, stored distances.
 
 Everything follows from the seed and the batch's number, so a resumed run draws the same.
 """
@@ -19,6 +19,7 @@ KEY = 0x57EB  # keeps these draws apart from those of the data with the same see
 
 class Draw(NamedTuple):
     capacity: int | None  # places of every store; None = the model's own
+    window: int | None  # tokens W; None = the model's own
     keep_all: bool  # nothing is ever evicted: this step teaches the admission head
     orders: tuple[Tensor | None, ...]  # per segment [B, n] int64 distractors before it; -1 = none
     jumps: tuple[int, ...]  # per segment, positions that the distractors take
@@ -35,11 +36,13 @@ def draw_step(config: TrainConfig, number: int, waiting: int) -> Draw:
     """The draws of batch `number` when `waiting` distractors are in the pool."""
     admission, step = config.admission, config.train
     rng = np.random.default_rng((config.seed, number, KEY))
-    keep_all = bool(rng.random() < admission.keep_all_share)
+    begun = number * step.lanes * step.sequence_len >= admission.begin_tokens
+    keep_all = bool(rng.random() < admission.keep_all_share) or not begun
+    window = int(rng.choice(admission.windows)) if admission.windows else None
     drawn = int(rng.choice(admission.capacities)) if admission.capacities else None
     most = waiting if keep_all or drawn is None else min(waiting, drawn)
     level = 0
-    if waiting and rng.random() < admission.distractor_share:
+    if waiting and begun and rng.random() < admission.distractor_share:
         level = int(rng.integers(1, most + 1))
     orders, jumps = _distractors(rng, config, level, waiting)
     capacity = step.sequence_len + level if keep_all else drawn
@@ -47,12 +50,12 @@ def draw_step(config: TrainConfig, number: int, waiting: int) -> Draw:
     if admission.rank_max:
         places = capacity or config.model.store.capacity
         ranks = _spread(rng, step.lanes, places, admission.rank_max)
-    return Draw(capacity, keep_all, orders, jumps, ranks)
+    return Draw(capacity, window, keep_all, orders, jumps, ranks)
 
 
 def never(segments: int) -> Draw:
     """The draw of a step that takes the store as the model has it."""
-    return Draw(None, False, (None,) * segments, (0,) * segments, None)
+    return Draw(None, None, False, (None,) * segments, (0,) * segments, None)
 
 
 def boundary(config: TrainConfig) -> int:

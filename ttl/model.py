@@ -97,6 +97,8 @@ class TTLModel(nn.Module):
         self.blocks = nn.ModuleList(self._block(i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+        # The head is the embedding: at gain 1 a token would begin by predicting itself, at sqrt(D).
+        nn.init.constant_(self.norm.weight, config.dim**-0.25)
         for block in self.blocks:
             nn.init.normal_(block.mlp_in.weight, std=config.dim**-0.5)
             for last in (block.mlp_out, block.attention.out):
