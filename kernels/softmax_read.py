@@ -40,7 +40,7 @@ def widen_stored_key(k: Tensor, turn: Tensor) -> Tensor:
 
 
 def softmax_read(
-    q: Tensor, k: Tensor, v: list[Tensor], sink: Tensor, causal_at: int, dead: Tensor | None
+    q: Tensor, k: Tensor, v: list[Tensor], sink: Tensor, causal_at: int, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Read values v by queries q, softmax over the L places.
 
@@ -50,7 +50,8 @@ def softmax_read(
         v: the values in pieces [B, H, L_i, K] that follow each other; the sink's value is zero.
         sink: [H] logit of the sink.
         causal_at: first place of the queries' own chunk; query i sees the chunk up to place i.
-        dead: [B, 1 or H, L] bool, places that hold nothing; None if all do.
+        bias: added to the logits, broadcastable to [B, H, C, L], -inf where nobody may look;
+            None where all places hold something.
 
     Returns:
         values [B, H, C, K] and probabilities [B, H, C, L].
@@ -59,8 +60,8 @@ def softmax_read(
     logits = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(B, H, C, -1)
     later = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
     logits[..., causal_at : causal_at + C].masked_fill_(later, -torch.inf)
-    if dead is not None:
-        logits = logits.masked_fill(dead[:, :, None], -torch.inf)
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
     logits[..., 0] = sink[:, None].to(logits.dtype)
     p = torch.softmax(logits, -1)
     pieces = p.flatten(0, 1).split([piece.shape[2] for piece in v], -1)

@@ -35,6 +35,14 @@ TAPS = 4  # of the short convolution on q, k, v
 ROTARY_BASE = 10_000.0
 
 
+class PageView(NamedTuple):
+    """What a memory gave back for the tokens of the open page (MAC), one more group of keys."""
+
+    kv: Tensor  # [B, P, 2, H, K] keys and values, see `WindowAttention.context`
+    live: Tensor  # [B, P] bool
+    phase: Tensor  # [B] int64 place in the page of the call's slot 0
+
+
 class AttentionInput(NamedTuple):
     """What a call knows about its tokens besides their hidden states."""
 
@@ -56,8 +64,14 @@ class WindowAttention(nn.Module):
         chunk: int,
         num_persistent: int,
         store: StoreConfig | None,
+        page: int = 0,
     ) -> None:
-        """num_persistent: learned pairs that every query sees (Titans section 3.3)."""
+        """Build it.
+
+        Args:
+            num_persistent: learned pairs that every query sees (Titans section 3.3).
+            page: tokens of a page of MAC; 0 = no such group of keys.
+        """
         super().__init__()
         self.num_heads, self.head_dim, self.chunk = num_heads, head_dim, chunk
         self.rotary_dims = head_dim // 4 // 2 * 2
@@ -71,7 +85,8 @@ class WindowAttention(nn.Module):
         # [keys, values]; read like stored keys at distance 0
         pairs = torch.randn(2, num_heads, num_persistent, head_dim) * 0.02
         self.persistent = nn.Parameter(pairs) if num_persistent else None
-        self.num_persistent = num_persistent
+        self.num_persistent, self.page = num_persistent, page
+        self.page_bias = nn.Parameter(torch.zeros(num_heads)) if page else None
         self.out = nn.Linear(inner, dim, bias=False)
         self.store = ExactStore(store, dim, num_heads, head_dim) if store else None
         self.fast = True  # False: the readable reference also without gradients
@@ -106,10 +121,13 @@ class WindowAttention(nn.Module):
         grid: Grid,
         given: AttentionInput,
         surprise: Tensor | None = None,
+        page: PageView | None = None,
     ) -> tuple[Tensor, WindowState, StoreState | None]:
         """Read x [B, T, D]; returns values [B, T, D] and the next states.
 
-        surprise: [B, H, T] write strength of the block's memory, for the scores that need it.
+        Args:
+            surprise: [B, H, T] write strength of the block's memory, for the scores that need it.
+            page: the open page, this call's tokens included; no lane may go beyond it.
         """
         C, W = self.chunk, window.live.shape[1] - self.chunk
         q, k, v, tail = self._project(x, window.tail, grid)
@@ -124,9 +142,22 @@ class WindowAttention(nn.Module):
         if weight is not None:
             weight = scatter(grid, weight, weight.new_zeros(weight.shape[0], C))
         q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
-        values, frame, store = self._read_chunks(q, frame, store, grid, given, weight)
+        values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page)
         state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)
         return self.out(gather(grid, values, x.shape[1])), state, store
+
+    def context(self, h: Tensor) -> Tensor:
+        """Keys and values [B, T, 2, H, K] of what a memory gave back, h [B, T, D]."""
+        inner = self.num_heads * self.head_dim
+        kv = nn.functional.linear(h, self.qkv.weight[inner:])
+        k, v = kv.view(*h.shape[:2], 2, self.num_heads, self.head_dim).unbind(2)
+        k = nn.functional.rms_norm(k, (self.head_dim,), eps=1e-6) * self.k_gain
+        return torch.stack([k, v.to(k.dtype)], 2)
+
+    @property
+    def _front(self) -> int:
+        """Keys in front of the window's: sink, persistent pairs, page."""
+        return 1 + self.num_persistent + self.page
 
     @property
     def _scores_by_mass(self) -> bool:
@@ -159,7 +190,7 @@ class WindowAttention(nn.Module):
             return torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
         return read_weight
 
-    def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight):
+    def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight, page):
         """The chunk loop: read with the store frozen, then let the oldest chunk leave the window.
 
         q: [B, G, H, K]; frame: W + G slots; weight: [B, G] or None.
@@ -174,7 +205,7 @@ class WindowAttention(nn.Module):
         fast = self.fast and not torch.is_grad_enabled()
         reader = None
         if store is not None:
-            head = 1 + self.num_persistent + W + C if fast else None
+            head = self._front + W + C if fast else None
             far = turns[W + C :]
             reader = StoreReader(self.store.config, store, far, given.rank_table, head)
         values, score = [], frame.score
@@ -182,7 +213,8 @@ class WindowAttention(nn.Module):
             at = slice(n * C, n * C + W + C)  # what the window shows during chunk n
             here = slice(n * C, (n + 1) * C)
             live = frame.live[:, at]
-            y, p = self._read_chunk(q[:, :, here], k[:, :, at], v[:, :, at], live, reader)
+            parts = (q[:, :, here], k[:, :, at], v[:, :, at], live)
+            y, p = self._read_chunk(*parts, reader, page, n)
             values.append(y)
             if weight is not None:
                 mass = torch.einsum("bhcl,bc->bhl", p.detach().float(), weight[:, here].float())
@@ -201,36 +233,53 @@ class WindowAttention(nn.Module):
             longest = max(longest, near + ranks)
         return rotary_table(longest, self.rotary_dims, ROTARY_BASE, self.q_gain)
 
-    def _read_chunk(self, q, k, v, live, reader):
-        """Read one chunk: q [B, H, C, R + K] against sink, persistent pairs, window and store."""
-        B, H, C, _ = q.shape
-        first = 1 + self.num_persistent
-        keys, values = [k.new_zeros(B, H, 1, k.shape[-1])], [v.new_zeros(B, H, 1, v.shape[-1])]
-        if self.persistent is not None:
-            always_k, always_v = self.persistent.expand(B, -1, -1, -1, -1).unbind(1)
-            keys.append(nn.functional.pad(always_k, (self.rotary_dims, 0)))
-            values.append(always_v)
-        keys.append(k)
-        values.append(v)
-        seen = first - 1 + live.cumsum(1)[:, -C:]  # [B, C] keys up to each query
-        dead = None if bool(live.all()) else nn.functional.pad(~live, (first, 0))[:, None]
+    def _page_bias(self, page: PageView, n: int) -> Tensor:
+        """Bias [B, H, C, P] of the page's keys for the queries of chunk n: none from later ones."""
+        slots = torch.arange(self.page, device=page.phase.device)
+        own = page.phase[:, None] + n * self.chunk + slots[: self.chunk]  # [B, C]
+        seen = page.live[:, None] & (slots <= own[..., None])
+        bias = self.page_bias[:, None, None]
+        return torch.where(seen[:, None], bias, bias.new_full((), -torch.inf))
+
+    def _read_chunk(self, q, k, v, live, reader, page: PageView | None, n: int):
+        """Read chunk n: q [B, H, C, R + K] against front, window and store."""
+        C = q.shape[2]
+        keys, values = self._front_pairs(k, v, page)
+        keys, values = [*keys, k], [*values, v]
+        seen = self.num_persistent + live.cumsum(1)[:, -C:]  # [B, C] keys up to each query
+        paged = None
+        if page is not None:
+            paged = self._page_bias(page, n)
+            seen = seen + paged[:, 0].isfinite().sum(-1)
         if reader is None or not reader.used:
             keys, values = torch.cat(keys, 2), [torch.cat(values, 2)]
         else:
             keys, values = reader.keys(keys), [torch.cat(values, 2), reader.values]
             seen = seen + reader.count[:, None]
-            if dead is not None or not reader.full:
-                dead = nn.functional.pad(~live, (first, 0))[:, None].expand(-1, H, -1)
-                dead = torch.cat([dead, reader.empty], -1)
         size = seen.clamp(min=1).to(torch.promote_types(q.dtype, torch.float32)).log()
         scale = 1 + self.size_gain[:, None] * size[:, None].to(q.dtype)
         q = q * (scale * self.head_dim**-0.5)[..., None]
-        causal_at = first + k.shape[2] - C
-        return softmax_read(q, keys, values, self.sink, causal_at, dead)
+        causal_at = self._front + k.shape[2] - C
+        bias = _bias(self._front, live, reader, paged, q)
+        return softmax_read(q, keys, values, self.sink, causal_at, bias)
+
+    def _front_pairs(self, k: Tensor, v: Tensor, page: PageView | None):
+        """Keys [B, H, ., R + K] and values [B, H, ., K] of the sink, persistent pairs, page."""
+        B, H, _, K = v.shape
+        keys, values = [k.new_zeros(B, H, 1, k.shape[-1])], [v.new_zeros(B, H, 1, K)]
+        if self.persistent is not None:
+            always_k, always_v = self.persistent.expand(B, -1, -1, -1, -1).unbind(1)
+            keys.append(nn.functional.pad(always_k, (self.rotary_dims, 0)))
+            values.append(always_v)
+        if page is not None:
+            page_k, page_v = page.kv.permute(2, 0, 3, 1, 4)  # [B, H, P, K]
+            keys.append(nn.functional.pad(page_k, (self.rotary_dims, 0)))
+            values.append(page_v)
+        return keys, values
 
     def _count_mass(self, mass: Tensor, score: Tensor, at: slice, reader) -> Tensor:
         """Book a chunk's read mass [B, H, L]: the store's in the store, the window's in score."""
-        first = 1 + self.num_persistent
+        first = self._front
         end = first + at.stop - at.start
         if reader is not None and reader.used:
             reader.add_mass(mass[..., end:], into_score=self._scores_by_mass)
@@ -252,3 +301,28 @@ class WindowAttention(nn.Module):
         enters = frame.live[:, at] & (position >= 0) & (grid.closed > n)[:, None]
         leaving = (t[:, at] for t in (frame.k, frame.v, frame.score))
         return candidates(*leaving, enters, position, known)
+
+
+def _bias(front: int, live: Tensor, reader: StoreReader | None, paged: Tensor | None, q: Tensor):
+    """What keeps queries q [B, H, C, .] from places with nothing in them; None where all are full.
+
+    Args:
+        front: keys in front of the window's, the page's last.
+        live: [B, W + C] bool of the window; paged: [B, H, C, P] of the page.
+
+    Returns:
+        [B, 1 or H, 1 or C, L], 0 or -inf but for the page's own bias.
+    """
+    stored = reader is not None and reader.used > 0
+    if paged is None and bool(live.all()) and (not stored or reader.full):
+        return None
+    nothing = q.new_full((), -torch.inf)
+    parts = [torch.where(live, 0.0, nothing)[:, None, None]]
+    if stored:
+        parts.append(torch.where(reader.empty, nothing, 0.0)[:, :, None])
+    if paged is not None:
+        parts.insert(0, paged.to(q.dtype))
+        front -= paged.shape[-1]
+    parts.insert(0, q.new_zeros(q.shape[0], 1, 1, front))
+    shape = torch.broadcast_shapes(*(part.shape[:3] for part in parts))
+    return torch.cat([part.expand(*shape, -1) for part in parts], -1)

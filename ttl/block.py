@@ -2,8 +2,10 @@
 
     mag  x + attention(h) + memory(h), the memory behind a gate of its own, both read h = norm(x)
     mal  m = x + memory(norm(x)), then m + attention(norm(m))
+    mac  x + y * gate(M(y)), with y = attention over window, store and M(norm(x)) of the open page;
+         M is the memory at the page's start, and what it learns at the page's end is y
 
-Source: Titans, arXiv 2501.00663, sections 4.2 and 4.3. There MAG multiplies the two branches; the
+Source: Titans, arXiv 2501.00663, sections 4.1 to 4.3. There MAG multiplies the two branches; the
 sum with a gated memory keeps the attention's values when the memory has nothing to say.
 
 Shapes: B lanes, T tokens, D model width, F feed-forward width.
@@ -16,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wakesleep.ttl.attention import AttentionInput, WindowAttention
-from wakesleep.ttl.grid import Grid
+from wakesleep.ttl.attention import AttentionInput, PageView, WindowAttention
+from wakesleep.ttl.grid import Grid, carry, scatter
 from wakesleep.ttl.memory import NeuralMemory
+from wakesleep.ttl.pages import Piece, cut_at_pages, put_columns, take_columns, take_input
 from wakesleep.ttl.state import BlockState
 
 
@@ -67,17 +70,51 @@ class Block(nn.Module):
         return x, state, BlockStats(surprise, written, nonfinite)
 
     def _mix(self, x: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
-        window, store, memory = state.window, state.store, state.memory
-        surprise = per_head = written = None
-        if self.memory is not None:
-            h = self.memory_norm(x) if self.combine == "mal" else self.norm(x)
-            m, memory, wrote = self.memory(h, memory, grid, given.live)
-            surprise, per_head, written = wrote
-            if self.combine == "mal":
+        """What attention and memory add to x; also the next state, surprise and written."""
+        if self.memory is None:
+            a, window, store = self.attention(self.norm(x), state.window, state.store, grid, given)
+            return x + a, state._replace(window=window, store=store), None, None
+        match self.combine:
+            case "mag":
+                h = self.norm(x)
+                m, memory, wrote = self.memory(h, state.memory, grid, given.live)
+                x, read = x + m, h
+            case "mal":
+                m, memory, wrote = self.memory(self.memory_norm(x), state.memory, grid, given.live)
                 x = x + m
-        a, window, store = self.attention(self.norm(x), window, store, grid, given, per_head)
-        x = x + a
-        if self.memory is not None and self.combine == "mag":
-            x = x + m
+                read = self.norm(x)
+            case "mac":
+                return self._mix_pages(x, state, grid, given)
+        a, window, store = self.attention(
+            read, state.window, state.store, grid, given, wrote.per_head
+        )
         state = state._replace(window=window, store=store, memory=memory)
-        return x, state, surprise, written
+        return x + a, state, wrote.surprise, wrote.written
+
+    def _mix_pages(self, x: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
+        """MAC, page by page: no piece of the call crosses a boundary of its lane."""
+        h, added = self.norm(x), torch.zeros_like(x)
+        surprise = x.new_zeros(x.shape[:2], dtype=torch.float32)
+        written = torch.zeros_like(given.live)
+        for piece in cut_at_pages(grid, self.memory.open_slots, x.shape[1]):
+            part = take_columns(piece, h)
+            y, state, wrote = self._mix_page(part, state, piece, take_input(piece, grid, given))
+            added = put_columns(piece, added, y)
+            surprise = put_columns(piece, surprise, wrote.surprise)
+            written = put_columns(piece, written, wrote.written)
+        return x + added, state, surprise, written
+
+    def _mix_page(self, h: Tensor, state: BlockState, piece: Piece, given: AttentionInput):
+        """y * gate(M(y)), with y what attention reads from page, window and store: [B, t, D]."""
+        pages, memory = piece.pages, state.memory
+        kv = self.attention.context(self.memory.read(h, memory))
+        kv = scatter(pages, kv, state.page.to(kv.dtype))
+        live = scatter(pages, given.live, memory.live)
+        view = PageView(kv, live, piece.chunks.position % pages.chunk)
+        y, window, store = self.attention(
+            h, state.window, state.store, piece.chunks, given, page=view
+        )
+        gate = 2 * self.memory.read(y, memory).sigmoid()  # 1 for a memory with nothing to say
+        memory, wrote = self.memory.append(y, memory, pages, given.live)
+        page = carry(pages, kv).to(state.page.dtype)
+        return y * gate, BlockState(window, store, memory, state.fast, page), wrote

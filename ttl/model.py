@@ -72,6 +72,17 @@ class ModelConfig:
             for layer in getattr(self, name):
                 if not 0 <= layer < self.num_layers:
                     raise ValueError(f"{name} counts from 0 to {self.num_layers - 1}, got {layer}")
+        paged = self.memory.page is not None
+        if self.memory_layers and paged != (self.combine == "mac"):
+            raise ValueError(
+                f"memory.page must be {'a number of tokens' if not paged else 'None'} with "
+                f"combine={self.combine}, got {self.memory.page}"
+            )
+        if self.combine == "mac" and self.store.score.startswith("residual"):
+            raise ValueError(
+                f"store.score={self.store.score} needs errors before the page is written, and "
+                "combine=mac writes after it was read; use combine=mag or store.score=learned"
+            )
         if self.store.score.startswith("residual"):
             alone = sorted(set(self.store_layers) - set(self.memory_layers))
             if alone:
@@ -109,10 +120,9 @@ class TTLModel(nn.Module):
         c = self.config
         store = c.store if index in c.store_layers else None
         heads = (c.dim, c.num_heads, c.head_dim, c.chunk)
-        attention = WindowAttention(*heads, c.num_persistent, store)
-        memory = None
-        if index in c.memory_layers:
-            memory = NeuralMemory(c.memory, *heads)
+        memory = NeuralMemory(c.memory, *heads) if index in c.memory_layers else None
+        page = memory.open_slots if memory is not None and c.combine == "mac" else 0
+        attention = WindowAttention(*heads, c.num_persistent, store, page)
         return Block(c.dim, c.mlp_dim, c.combine, attention, memory)
 
     def init_state(
@@ -135,11 +145,11 @@ class TTLModel(nn.Module):
         weight = self.embedding.weight
         long = {"dtype": torch.int64, "device": weight.device}
         fast = torch.zeros(batch, 0, c.head_dim, c.head_dim, device=weight.device)
-        page = weight.new_zeros(batch, 0, 2, c.num_heads, c.head_dim)
         blocks = []
         for block in self.blocks:
             seen = block.attention.init_state(batch, window, capacity)
             memory = block.memory.init_state(batch) if block.memory is not None else None
+            page = weight.new_zeros(batch, block.attention.page, 2, c.num_heads, c.head_dim)
             blocks.append(BlockState(*seen, memory, FastState(fast, fast.clone()), page))
         nothing = torch.zeros(batch, 0, **long)
         return StreamState(

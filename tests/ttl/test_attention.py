@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from wakesleep.kernels.rotary import rotary_table, rotate
-from wakesleep.ttl.attention import ROTARY_BASE, TAPS
+from wakesleep.ttl.attention import ROTARY_BASE, TAPS, AttentionInput
 from wakesleep.ttl.checks import assert_causal
+from wakesleep.ttl.grid import make_grid
+from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
-from wakesleep.ttl.state import SPAN, SPAN_AFTER
+from wakesleep.ttl.state import SPAN, SPAN_AFTER, BlockState
 from wakesleep.ttl.store import StoreConfig, hash_uniform
 
 W, C, S, T, VOCAB = 8, 4, 6, 45, 31
@@ -42,8 +44,11 @@ def model() -> TTLModel:
     return model
 
 
-def twin(attention, x):
-    """Attention values [T, H * K] of one lane's x [T, D], one query at a time, from lists."""
+def twin(attention, x, context=None):
+    """Attention values [T, H * K] of one lane's x [T, D], one query at a time, from lists.
+
+    context: [T, D] what a memory gave back for each token (MAC).
+    """
     H, K, R = attention.num_heads, attention.head_dim, attention.rotary_dims
     raw = attention.qkv(x)
     padded = torch.cat([raw.new_zeros(TAPS - 1, raw.shape[1]), raw])
@@ -52,6 +57,9 @@ def twin(attention, x):
     q = torch.nn.functional.rms_norm(q, (K,), eps=1e-6) * attention.q_gain
     k = torch.nn.functional.rms_norm(k, (K,), eps=1e-6) * attention.k_gain
     score = attention.store.head(x).float()
+    if context is not None:
+        page_k, page_v = (context @ attention.qkv.weight[H * K :].T).view(-1, 2, H, K).unbind(1)
+        page_k = torch.nn.functional.rms_norm(page_k, (K,), eps=1e-6) * attention.k_gain
     turns = rotary_table(W + C + S, R, ROTARY_BASE, q)
     store = [[] for _ in range(H)]  # positions kept by each head
     out = []
@@ -65,11 +73,15 @@ def twin(attention, x):
                 store[h] = sorted(pool[:S])
         window = range(max(0, chunk * C - W), t + 1)
         for h in range(H):
-            seen = 1 + len(window) + len(store[h])
+            page = range(t // attention.page * attention.page, t + 1) if attention.page else ()
+            seen = 1 + len(page) + len(window) + len(store[h])
             scale = (1 + attention.size_gain[h] * math.log(seen)) / math.sqrt(K)
             logits, values = [attention.sink[h]], [v.new_zeros(K)]
             logits.append(scale * q[t, h] @ attention.persistent[0, h, 0])
             values.append(attention.persistent[1, h, 0])
+            for j in page:
+                logits.append(scale * q[t, h] @ page_k[j, h] + attention.page_bias[h])
+                values.append(page_v[j, h])
             newest_first = sorted(store[h], reverse=True)
             near = [(p, t - p) for p in window]
             far = [(p, W + C + r) for r, p in enumerate(newest_first)]
@@ -94,6 +106,52 @@ def test_values_equal_those_of_a_token_by_token_twin(model):
     for hook in hooks:
         hook.remove()
     assert (twin(attention, seen[0][0]) - seen[1][0]).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_pages_are_read_with_the_memory_of_their_start_and_written_at_their_end():
+    torch.manual_seed(4)
+    P = 12
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        dim=16,
+        num_layers=1,
+        num_heads=2,
+        head_dim=16,
+        mlp_dim=16,
+        window=W,
+        chunk=C,
+        num_persistent=1,
+        combine="mac",
+        memory_layers=(0,),
+        store_layers=(0,),
+        memory=MemoryConfig(page=P),
+        store=StoreConfig(capacity=S, hidden=8),
+    )
+    block = TTLModel(config).double().blocks[0]
+    block.memory.out.weight.mul_(50)  # so that it matters what the memory has learned
+    block.attention.page_bias += torch.tensor([0.4, -0.3])
+    x = torch.randn(1, T, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    memory, h = block.memory.init_state(1), block.norm(x)
+    context, added = [], []
+    for start in range(0, T, P):
+        part = h[:, start : start + P]
+        context.append(block.memory.read(part, memory))
+        values = twin(block.attention, h[0, : start + P], torch.cat(context, 1)[0])
+        y = block.attention.out(values[start:])[None]
+        added.append(y * 2 * block.memory.read(y, memory).sigmoid())
+        length = torch.tensor([y.shape[1]])
+        grid = make_grid(torch.tensor([start]), length, P, y.shape[1])
+        memory, _ = block.memory.append(y, memory, grid, torch.ones(1, y.shape[1]) > 0)
+    fresh = [block.attention.init_state(1, W, S), block.memory.init_state(1)]
+    state = BlockState(*fresh[0], fresh[1], None, x.new_zeros(1, P, 2, 2, 16))
+    grid = make_grid(torch.tensor([0]), torch.tensor([T]), C, T)
+    ids = torch.zeros(1, SPAN + W + grid.num_chunks * C, dtype=torch.int64)
+    given = AttentionInput(torch.ones(1, T) > 0, ids, torch.zeros(1).long(), None, None)
+    mixed, state, _, _ = block._mix(x, state, grid, given)
+    assert (mixed - x - torch.cat(added, 1)).abs().max() < 1e-12
+    for a, b in zip(state.memory.weights, memory.weights, strict=True):
+        assert (a - b).abs().max() < 1e-12 and a.abs().max() > 1e-3
 
 
 @torch.no_grad()

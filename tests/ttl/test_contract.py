@@ -67,6 +67,10 @@ ROWS = {
     ),
     "mag, memory and store": make({"kind": "mlp"}, {}, combine="mag"),
     "mal, memory and store": make({"kind": "mlp"}, {}, combine="mal"),
+    "mac, memory": make({"kind": "mlp", "page": 8}, combine="mac"),
+    "mac, memory, store, persistent": make(
+        {"kind": "matrix", "page": 12}, {}, combine="mac", num_persistent=2
+    ),
 }
 
 
