@@ -63,11 +63,7 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be between {low} and {high}, got {getattr(self, name)}"
                 )
-        if self.window % self.chunk:
-            raise ValueError(
-                f"window must be a multiple of chunk {self.chunk}, got {self.window}; "
-                f"the nearest is {max(1, round(self.window / self.chunk)) * self.chunk}"
-            )
+        _check_window(self.window, self.chunk)
         for name in ("memory_layers", "store_layers"):
             for layer in getattr(self, name):
                 if not 0 <= layer < self.num_layers:
@@ -137,11 +133,11 @@ class TTLModel(nn.Module):
         c = self.config
         window = c.window if window is None else window
         capacity = c.store.capacity if capacity is None else capacity
-        if batch < 1 or window < 1 or window % c.chunk or capacity < 1:
+        if batch < 1 or capacity < 1:
             raise ValueError(
-                f"init_state needs batch >= 1, window a multiple of chunk {c.chunk} and "
-                f"capacity >= 1, got batch {batch}, window {window}, capacity {capacity}"
+                f"batch and capacity must be at least 1, got batch {batch}, capacity {capacity}"
             )
+        _check_window(window, c.chunk)
         weight = self.embedding.weight
         long = {"dtype": torch.int64, "device": weight.device}
         fast = torch.zeros(batch, 0, c.head_dim, c.head_dim, device=weight.device)
@@ -255,6 +251,14 @@ class TTLModel(nn.Module):
         ):
             raise ValueError(f"lengths must be [{B}] with values from 0 to {T}, got {lengths}")
         return B, T
+
+
+def _check_window(window: int, chunk: int) -> None:
+    if window < 1 or window % chunk:
+        nearest = max(1, round(window / chunk)) * chunk
+        raise ValueError(
+            f"window must be a multiple of chunk {chunk}, got {window}; the nearest is {nearest}"
+        )
 
 
 def _mean_stats(stats: list, inside: Tensor) -> tuple[Tensor, Tensor]:
