@@ -1,4 +1,4 @@
-"""Endless training sequences: recall in ordinary text, dense facts, changes, stories, language.
+"""Endless training sequences: pairs to copy, dense facts, recall in text, stories, language.
 
 Every sequence is a function of (seed, step, lane), so a run resumes from the number of its step.
 B lanes, T tokens each, N answers.
@@ -23,12 +23,13 @@ from wakesleep.streams.sequences import (
     RecallConfig,
     Sequence,
     write_dense,
+    write_pairs,
     write_recall,
 )
 from wakesleep.streams.stories import write_story
 from wakesleep.streams.tokenizer import Tokenizer
 
-SORTS = ("dense", "recall", "changes", "stories", "language")
+SORTS = ("pairs", "dense", "recall", "changes", "stories", "language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class MixtureConfig:
     validation_corpus: str = ""
     tokenizer: str | None = None  # tokenizer.json; none: the one that is shipped
     stage_tokens: tuple[float, ...] = ()  # tokens read when stage 2, 3, ... begins
+    pairs: tuple[float, ...] = (
+        0.05,
+    )  # random tokens to be copied, close together, no text between
     dense: tuple[float, ...] = (0.1,)  # many facts close together, no text between
     recall: tuple[float, ...] = (0.45,)  # facts in text
     changes: tuple[float, ...] = (0.15,)  # facts in text, half of which change; the latest counts
@@ -128,6 +132,8 @@ class Mixture:
         page = Page(self.tokenizer, draw, self.sequence_len, facts)
         maker = FactMaker(self.split, draw, similar=facts.similar, shared=facts.shared)
         match sort:
+            case "pairs":
+                write_pairs(page)
             case "dense":
                 write_dense(page, maker)
             case "recall":

@@ -29,7 +29,11 @@ PACKED = 4  # bytes of ordinary text per compressed byte
 
 
 def plant_facts(
-    options: FactsOptions, document: Document, tokenizer: Tokenizer, limit: float
+    options: FactsOptions,
+    document: Document,
+    tokenizer: Tokenizer,
+    limit: float,
+    split: str = "test",
 ) -> tuple[PlantedFact, ...]:
     """Choose facts and where they go, before the first token is read.
 
@@ -39,7 +43,7 @@ def plant_facts(
     if not options.count:
         return ()
     try:
-        facts = make_facts(options.count, options.seed, parse_kinds(options.kinds))
+        facts = make_facts(options.count, options.seed, parse_kinds(options.kinds), split)
         statements = [text for fact in facts for text in fact.statements]
         added = sum(len(statement_ids(tokenizer, text)) for text in statements)
         total = min(limit, _num_tokens(document, tokenizer, limit) + added)

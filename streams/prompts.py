@@ -24,12 +24,22 @@ QUESTION, ANSWER, STOP, UNKNOWN = (
 
 def encode_question(tokenizer: Tokenizer, question: str) -> list[int]:
     """Ids of a question, up to where the answer begins."""
-    return [QUESTION, *tokenizer.encode(f" {question}"), ANSWER]
+    return wrap_question(tokenizer.encode(f" {question}"))
 
 
 def encode_answer(tokenizer: Tokenizer, answer: str | None) -> list[int]:
     """Ids of an answer, the final stop included; None is the answer to nothing planted."""
-    return [*([UNKNOWN] if answer is None else tokenizer.encode(f" {answer}")), STOP]
+    return wrap_answer(None if answer is None else tokenizer.encode(f" {answer}"))
+
+
+def wrap_question(ids: Sequence[int]) -> list[int]:
+    """The template around the ids of a question."""
+    return [QUESTION, *ids, ANSWER]
+
+
+def wrap_answer(ids: Sequence[int] | None) -> list[int]:
+    """The template around the ids of an answer; None is the answer to nothing planted."""
+    return [*([UNKNOWN] if ids is None else ids), STOP]
 
 
 def decode_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, bool]:

@@ -14,15 +14,22 @@ import numpy as np
 
 from wakesleep.streams.facts import Fact, FactMaker
 from wakesleep.streams.families import FAMILIES, TRAINED_KINDS
-from wakesleep.streams.prompts import encode_answer, encode_question, statement_ids
-from wakesleep.streams.tokenizer import Tokenizer
+from wakesleep.streams.prompts import (
+    encode_answer,
+    encode_question,
+    statement_ids,
+    wrap_answer,
+    wrap_question,
+)
+from wakesleep.streams.tokenizer import NUM_SPECIAL, Tokenizer
 
 LINE_SHARE = 0.25  # of statements that begin a line; the others stand inside a paragraph
 FILL = 0.75  # of a sequence that statements and questions take at most, unless it is a dense one
 EPISODE = (2, 16)  # facts of one episode of a dense sequence
 DENSE_CHANGES = 0.2  # share of the facts of a dense sequence that change
-STORY, UNKNOWN = "story", "unknown"
-ANSWER_KINDS = (*TRAINED_KINDS, STORY, UNKNOWN)
+NAME_TOKENS, VALUE_TOKENS = (1, 3), (1, 5)  # of a pair of random tokens
+PAIR, STORY, UNKNOWN = "pair", "story", "unknown"
+ANSWER_KINDS = (*TRAINED_KINDS, PAIR, STORY, UNKNOWN)
 
 
 class Answer(NamedTuple):
@@ -118,6 +125,22 @@ class Page:
         ids = [*prompt, *encode_answer(self.tokenizer, answer)]
         self._add(Piece(target, ids, range(len(prompt), len(ids)), source, kind))
 
+    def pair(self, name: tuple[int, ...], value: tuple[int, ...]) -> int:
+        """Add the statement that one run of tokens is the value of another, behind all others."""
+        verb, end = (self.tokenizer.encode(text) for text in (" is", "."))
+        ids = [*name, *verb, *value, *end]
+        where = range(len(name) + len(verb), len(ids) - len(end))
+        return self._add(Piece(self.used, ids, where, None, None, valid=True))
+
+    def ask_pair(
+        self, name: tuple[int, ...], value: tuple[int, ...] | None, source: int | None
+    ) -> None:
+        """Add the question for the value of a name, None if it has none."""
+        prompt = wrap_question(name)
+        ids = [*prompt, *wrap_answer(value)]
+        kind = UNKNOWN if value is None else PAIR
+        self._add(Piece(self.used, ids, range(len(prompt), len(ids)), source, kind))
+
     def drop_to(self, count: int) -> None:
         """Take the pieces from number `count` on back."""
         self.used -= sum(len(piece.ids) for piece in self.pieces[count:])
@@ -198,6 +221,35 @@ def write_dense(page: Page, maker: FactMaker) -> None:
         else:
             page.drop_to(before)
             wanted //= 2
+
+
+def write_pairs(page: Page) -> None:
+    """Fill a page with episodes of random tokens: some are the names of others, then asked for.
+
+    There is no list of values to learn by heart: copying is the only way to answer, and it is
+    learned long before it is from facts.
+    """
+    wanted = page.draw.randint(*EPISODE)
+    while wanted:
+        before = len(page.pieces)
+        names = {
+            _random_ids(page, NAME_TOKENS): _random_ids(page, VALUE_TOKENS) for _ in range(wanted)
+        }
+        sources = {name: page.pair(name, value) for name, value in names.items()}
+        for name in page.draw.sample(list(names), len(names)):
+            page.ask_pair(name, names[name], sources[name])
+            if page.draw.random() < page.config.unknown_odds:
+                page.ask_pair(_random_ids(page, NAME_TOKENS), None, None)
+        if page.used <= page.length:
+            wanted = page.draw.randint(*EPISODE)
+        else:
+            page.drop_to(before)
+            wanted //= 2
+
+
+def _random_ids(page: Page, count: tuple[int, int]) -> tuple[int, ...]:
+    low, high = NUM_SPECIAL, page.tokenizer.vocab_size
+    return tuple(page.draw.randrange(low, high) for _ in range(page.draw.randint(*count)))
 
 
 def _write_episode(page: Page, maker: FactMaker, count: int) -> None:

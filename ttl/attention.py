@@ -33,6 +33,7 @@ from wakesleep.ttl.store import ExactStore, StoreConfig, StoreReader, candidates
 
 TAPS = 4  # of the short convolution on q, k, v
 ROTARY_BASE = 10_000.0
+ALIKE = 0.5  # correlation of the projections of queries and keys at the start
 
 
 class PageView(NamedTuple):
@@ -90,10 +91,25 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(inner, dim, bias=False)
         self.store = ExactStore(store, dim, num_heads, head_dim) if store else None
         self.fast = True  # False: the readable reference also without gradients
-        nn.init.normal_(self.qkv.weight, std=dim**-0.5)
+        self._init_parameters()
+
+    @torch.no_grad()
+    def _init_parameters(self) -> None:
+        """Start near a copy of what looks alike: recall is then learned from the first step.
+
+        Queries and keys of equal tokens are alike, the output undoes the values' projection, and
+        one head compares the last tokens rather than the last one ("mimetic" initialisation,
+        Trockman and Kolter, arXiv 2305.09828, for recall 2410.11135). Nothing of it is fixed.
+        """
+        inner = self.out.in_features
+        nn.init.normal_(self.qkv.weight, std=self.qkv.in_features**-0.5)
+        q, k, v = self.qkv.weight.split(inner)
+        k.mul_((1 - ALIKE**2) ** 0.5).add_(q, alpha=ALIKE)
+        self.out.weight.copy_(v.T)
         nn.init.normal_(self.taps, std=0.02)
-        with torch.no_grad():
-            self.taps[:, -1] += 1.0  # starts as the identity
+        self.taps[:, -1] += 1.0  # the identity
+        for first in (0, inner):  # of queries, of keys
+            self.taps[first : first + self.head_dim] = TAPS**-0.5
 
     def init_state(
         self, batch: int, window: int, capacity: int

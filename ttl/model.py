@@ -108,9 +108,11 @@ class TTLModel(nn.Module):
         nn.init.constant_(self.norm.weight, config.dim**-0.25)
         for block in self.blocks:
             nn.init.normal_(block.mlp_in.weight, std=config.dim**-0.5)
-            for last in (block.mlp_out, block.attention.out):
-                fan = last.in_features * 2 * config.num_layers
-                nn.init.normal_(last.weight, std=fan**-0.5)
+            # the sum of what all branches add begins about as large as the embedding
+            share = (2 * config.num_layers) ** -0.5
+            nn.init.normal_(block.mlp_out.weight, std=share * config.mlp_dim**-0.5)
+            with torch.no_grad():
+                block.attention.out.weight.mul_(share)
 
     def _block(self, index: int) -> Block:
         c = self.config

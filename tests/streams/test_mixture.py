@@ -145,11 +145,26 @@ def test_ages_are_measured_from_the_answer_back_to_the_value(folder):
             begin = max(np.flatnonzero(row.tokens[:value] == i)[-1:].sum() for i in (FILLER, 3))
             sentence = text_of(data, row.tokens[begin : value + len(ids) + 1])
             question = text_of(data, row.tokens[:start]).rpartition("<Q>")[2]
-            if data.kinds[kind] != "story":
+            if data.kinds[kind] not in ("story", "pair"):
                 _, entity = asked(question.strip().removesuffix("<A>")).pop()
                 assert entity in sentence.rpartition(". ")[2] or entity in sentence
             far += age > 320
     assert far > 100
+
+
+def test_pairs_of_random_tokens_are_asked_by_the_name_before_the_value(folder):
+    data = mixture(folder, "pairs")
+    (verb,) = data.tokenizer.encode(" is")
+    names = []
+    for row in sequences(data):
+        tokens = row.tokens.tolist()
+        for start, _stop, age, kind in row.answers:
+            name = tokens[len(tokens[:start]) - tokens[:start][::-1].index(1) : start - 1]
+            if data.kinds[kind] == "pair":
+                value = start - age
+                assert tokens[value - len(name) - 1 : value] == [*name, verb]
+                names.append(tuple(name))
+    assert len(names) > 100 and len(set(names)) > 0.95 * len(names)
 
 
 def test_no_statement_is_asked_twice_by_the_same_question(folder):
