@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from wakesleep.streams.config import as_dict, load_config, to_yaml
     from wakesleep.streams.training_config import TrainConfig
+    from wakesleep.ttl.flops import flop_table
 
     config, origins = load_config(TrainConfig, recipe, arguments.items[1:])
     if arguments.print_config:
@@ -69,11 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
     steps, tokens = config.total_steps, config.train.lanes * config.train.sequence_len
     plan = f"{steps:,} steps of {count(tokens * config.accumulate)} tokens into {output}"
     if arguments.dry_run:
+        console.say(flop_table(config.model))
         console.result({"steps": steps, "tokens_per_step": tokens, "output": str(output)}, plan)
         return 0
     train = _import_train()
     if not output.exists():  # otherwise the folder may yet be refused, and three lines are enough
-        console.say(plan)
+        console.say(f"{plan}\n{flop_table(config.model)}")
     try:
         result = train(config, output, resume=arguments.resume)
     except Stopped:

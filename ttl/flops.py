@@ -1,26 +1,39 @@
-"""Closed formulas for the cost of reading: the wake half of the ledger.
+"""Closed formulas for the cost of reading, in FLOPs and bytes: the wake half of the ledger.
 
-`matmul` equals what torch.utils.flop_counter counts on this code (2 per multiply-add of every
-matrix product); elementwise work is seen in seconds, not here. `linalg` counts n^2 m per triangular
-solve. Costs depend on where a call falls on the chunk grid, so the formulas take the position.
+`matmul` equals what torch.utils.flop_counter counts on this code, reference and fast form alike (2
+per multiply-add of every matrix product); elementwise work is seen in seconds, not here. `linalg`
+counts n^2 m per triangular solve. Costs depend on where a call falls on the chunk grid, so the
+formulas take the position.
 
-Shapes: B lanes, T tokens, D width, H heads, K head width, W window, C chunk, S places, L visible.
+Shapes: B lanes, T tokens, D width, H heads, K head width, W window, C chunk, P page, S places.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from wakesleep.ttl.memory import memory_flops
+import torch
+
+from wakesleep.ttl.attention import TAPS
+from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig
+from wakesleep.ttl.state import SPAN
 
 
 class PartCost(NamedTuple):
     """One row of the table."""
 
-    part: str  # "head", "layer 2 store", ...
+    part: str  # "window", "store", ...
+    layer: int | None  # None for what belongs to no layer
     matmul: int
-    linalg: int
+    linalg: int = 0
+
+
+class PartBytes(NamedTuple):
+    part: str
+    layer: int | None
+    nbytes: int
 
 
 def segment_flops(
@@ -31,45 +44,201 @@ def segment_flops(
     batch: int = 1,
     window: int | None = None,
     capacity: int | None = None,
+    written: Sequence[int] | None = None,
     head: bool = True,
 ) -> list[PartCost]:
-    """Cost of one call of `num_tokens` that starts at `position`, by part.
+    """Cost of one call of `num_tokens` that starts at `position`, by part and layer.
 
-    Every lane is at the same position and all its tokens are finite. The store counts as full as
-    the tokens that left the window can make it.
+    Every lane is at the same position and all its tokens are finite; what a ragged batch pads is
+    not counted. The store counts as full as the tokens that left the window can make it (after a
+    resize, as if the sizes had always been so). `read_weight` of a training step is not counted.
+
+    Args:
+        window, capacity: W and S of the state; the config's if None.
+        written: tokens that a memory with a surprise gate writes in each chunk it works on (those
+            of the call's grid, open chunks included; of MAC those of the pages that the call
+            completes), the same in every lane. None counts all tokens as written: exact without a
+            gate, an upper bound with one.
+        head: whether the call gives logits.
     """
     c = config
     W = c.window if window is None else window
     S = c.store.capacity if capacity is None else capacity
-    first, last = position // c.chunk, -(-(position + num_tokens) // c.chunk)
-    chunks = range(first, max(last, first + 1))
+    chunks = _chunks(position, num_tokens, c.chunk)
     tokens = batch * num_tokens
     inner = c.num_heads * c.head_dim
     rotary = c.head_dim // 4 // 2 * 2
-    per_key = 2 * batch * c.chunk * c.num_heads * (2 * c.head_dim + rotary)
+    queries = batch * c.chunk * c.num_heads
     parts = []
     for layer in range(c.num_layers):
-        name = f"layer {layer} "
-        parts.append(PartCost(name + "projections", 2 * tokens * c.dim * 4 * inner, 0))
-        near = 1 + c.num_persistent + W + c.chunk
-        parts.append(PartCost(name + "window", len(chunks) * near * per_key, 0))
+        paged = c.memory.page if c.combine == "mac" and layer in c.memory_layers else 0
+        near = len(chunks) * (1 + c.num_persistent + paged + W + c.chunk)
+        per_key = 2 * queries * (2 * c.head_dim + rotary)
+        parts.append(PartCost("projections", layer, 2 * tokens * c.dim * 4 * inner))
+        parts.append(PartCost("window", layer, near * per_key))
         if layer in c.store_layers:
             used = sum(min(S, max(0, n * c.chunk - W)) for n in chunks)
-            parts.append(PartCost(name + "store", used * per_key, 0))
+            mass = 2 * queries * (near + used) if c.store.score == "mass" else 0
+            parts.append(PartCost("store", layer, used * per_key + mass))
             if c.store.score == "learned":
                 hidden = c.store.hidden * (c.dim + c.num_heads)
-                parts.append(PartCost(name + "admission", 2 * tokens * hidden, 0))
+                parts.append(PartCost("admission", layer, 2 * tokens * hidden))
         if layer in c.memory_layers:
-            cost = memory_flops(
-                c.memory, c.dim, c.num_heads, c.head_dim, c.chunk, len(chunks), batch, num_tokens
-            )
-            parts.append(PartCost(name + "memory", cost.matmul, cost.linalg))
-        parts.append(PartCost(name + "feed-forward", 6 * tokens * c.dim * c.mlp_dim, 0))
+            cost = _pages if paged else _memory
+            adds, solve = cost(c, position, num_tokens, written)
+            parts.append(PartCost("memory", layer, 2 * batch * adds, batch * solve))
+        parts.append(PartCost("feed-forward", layer, 6 * tokens * c.dim * c.mlp_dim))
     if head:
-        parts.append(PartCost("head", 2 * tokens * c.dim * c.vocab_size, 0))
+        parts.append(PartCost("head", None, 2 * tokens * c.dim * c.vocab_size))
     return parts
 
 
 def wake_flops(config: ModelConfig, position: int, num_tokens: int, **sizes) -> int:
-    """Total of `segment_flops`."""
+    """Total of `segment_flops`, with its arguments."""
     return sum(p.matmul + p.linalg for p in segment_flops(config, position, num_tokens, **sizes))
+
+
+def flop_table(config: ModelConfig) -> str:
+    """MFLOP per token by part, for people: whole pages (or chunks) read with a full store."""
+    period = (config.combine == "mac" and config.memory.page) or config.chunk
+    full = -(-(config.window + config.store.capacity) // period) * period
+    rows: dict[str, tuple[float, list[str]]] = {}
+    for cost in segment_flops(config, full, period):
+        total, layers = rows.get(cost.part, (0.0, []))
+        layers = layers if cost.layer is None else [*layers, str(cost.layer)]
+        rows[cost.part] = total + (cost.matmul + cost.linalg) / period / 1e6, layers
+    whole = sum(total for total, _ in rows.values())
+    stored = f" and a store of {config.store.capacity:,} pairs" if config.store_layers else ""
+    lines = [f"MFLOP per token, with a window of {config.window:,}{stored}"]
+    for part, (total, layers) in {**rows, "all": (whole, [])}.items():
+        where = f"layer {', '.join(layers)}" if layers else ""
+        lines.append(f"  {part:<12} {total:9.3f} {total / whole:7.1%}  {where}".rstrip())
+    return "\n".join(lines)
+
+
+def state_bytes(
+    config: ModelConfig,
+    *,
+    batch: int = 1,
+    window: int | None = None,
+    capacity: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[PartBytes]:
+    """Bytes of a state, by part and layer; they stay the same however much is read.
+
+    Args:
+        window, capacity: W and S of the state; the config's if None.
+        dtype: of the model's weights.
+    """
+    c = config
+    W = c.window if window is None else window
+    S = c.store.capacity if capacity is None else capacity
+    H, size = c.num_heads, dtype.itemsize
+    pair = 2 * c.head_dim * size
+    slot = H * (pair + 4) + 1  # key, value, score; live
+    place = pair + 4 + 4 + 8 + 4 * SPAN  # score, mass, position, ids
+    parts = []
+    for layer in range(c.num_layers):
+        tail = (TAPS - 1) * 3 * H * c.head_dim * size
+        parts.append(PartBytes("window", layer, batch * ((W + c.chunk) * slot + tail)))
+        if layer in c.store_layers:
+            parts.append(PartBytes("store", layer, batch * H * (S * place + 3 * 4)))
+        if layer in c.memory_layers:
+            memory = _memory_bytes(c, max(4, size))
+            if c.combine == "mac":
+                memory += c.memory.page * H * pair
+            parts.append(PartBytes("memory", layer, batch * memory))
+    ids = SPAN + W + c.chunk
+    parts.append(PartBytes("ids and counters", None, batch * 8 * (ids + 3)))
+    return parts
+
+
+def _chunks(position: int, num_tokens: int, chunk: int) -> range:
+    """Numbers of the chunks on the grid of a call; at least one."""
+    first = position // chunk
+    return range(first, max(-(-(position + num_tokens) // chunk), first + 1))
+
+
+def _shapes(config: MemoryConfig, head_dim: int) -> list[tuple[int, int]]:
+    """Fast weights of one head, layer by layer."""
+    K, h = head_dim, config.expansion * head_dim
+    return [(K, h), (h, K)] if config.kind == "mlp" else [(K, K)]
+
+
+def _memory(
+    config: ModelConfig, position: int, num_tokens: int, written: Sequence[int] | None
+) -> tuple[int, int]:
+    """Multiply-adds and cubes of solves of one lane, for a memory that is read as it is written."""
+    c, C, K = config, config.chunk, config.head_dim
+    delta, levels = c.memory.kind == "delta", c.memory.levels
+    shapes = _shapes(c.memory, K)
+    weights = sum(i * o for i, o in shapes)
+    chunks = _chunks(position, num_tokens, C)
+    adds = solve = 0
+    for chunk, n in zip(chunks, written or [C] * len(chunks), strict=True):
+        closes = (chunk + 1) * C <= position + num_tokens
+        add, cube = _write(c, n, closes)
+        if n:
+            add += (levels + (not delta)) * C * weights  # the base and what was there at the start
+            add += 2 * C * n * sum(i for i, _ in shapes)  # this chunk's own steps
+        else:
+            add += C * weights
+        adds, solve = adds + add, solve + cube
+    project = num_tokens * c.dim * c.num_heads * (4 * K + 2 + levels)
+    return project + c.num_heads * adds, c.num_heads * solve
+
+
+def _pages(
+    config: ModelConfig, position: int, num_tokens: int, written: Sequence[int] | None
+) -> tuple[int, int]:
+    """The same with pages: two reads and an append of every token, and writes at a page's end.
+
+    The keys and values that attention makes of the first read are counted here.
+    """
+    c, C, K, P = config, config.chunk, config.head_dim, config.memory.page
+    weights = sum(i * o for i, o in _shapes(c.memory, K))
+    gates = 2 + c.memory.levels
+    read = c.dim * (2 * K + gates) + weights  # per head
+    append = c.dim * (2 * K + gates)
+    context = c.dim * 2 * K
+    adds = num_tokens * (2 * read + append + context)
+    adds += len(_chunks(position, num_tokens, P)) * P * weights  # errors, for the surprise
+    closing = range(position // P * P // C, (position + num_tokens) // P * P // C)
+    solve = 0
+    for n in written or [C] * len(closing):
+        add, cube = _write(c, n, closes=True)
+        adds, solve = adds + add, solve + cube
+    return c.num_heads * adds, c.num_heads * solve
+
+
+def _write(config: ModelConfig, n: int, closes: bool) -> tuple[int, int]:
+    """Multiply-adds and cubes of solves of one head and chunk: errors, plan, steps, write.
+
+    n: tokens that are written, of the C whose errors are taken.
+    """
+    K, levels = config.head_dim, config.memory.levels
+    shapes = _shapes(config.memory, K)
+    weights = sum(i * o for i, o in shapes)
+    adds = config.chunk * weights
+    if n == 0:
+        return adds, 0
+    adds += n * n * K + (levels - 1) * n * n * (n + 1)
+    match config.memory.kind:
+        case "mlp":
+            h = shapes[0][1]
+            adds += n * K * h + n * n * h + K * K * h
+        case "delta":
+            adds += n * n * K
+    if closes:
+        adds += levels * n * weights + 4 * (levels - 1) * weights
+    return adds, n**3 if config.memory.kind == "delta" else 0
+
+
+def _memory_bytes(config: ModelConfig, size: int) -> int:
+    """Bytes of one lane's memory whose numbers take `size` bytes."""
+    m, H, K = config.memory, config.num_heads, config.head_dim
+    slots = m.page or config.chunk
+    weights = m.levels * sum(i * o for i, o in _shapes(m, K))
+    tail = (m.taps - 1) * (3 if m.page is None else 2) * K
+    numbers = H * (weights + slots * (2 * K + 1 + m.levels) + tail) + 2
+    return numbers * size + slots

@@ -164,7 +164,16 @@ class TTLModel(nn.Module):
         )
 
     def reset(self, state: StreamState, lanes: Tensor) -> StreamState:
-        """Start the lanes marked in `lanes` [B] bool afresh; the others stay as they are."""
+        """Start the lanes marked in `lanes` [B] bool afresh; the others stay as they are.
+
+        Raises:
+            ValueError: the mask is not bool [B].
+        """
+        if lanes.dtype != torch.bool or lanes.shape != state.position.shape:
+            raise ValueError(
+                f"lanes must be bool [{state.position.shape[0]}], got {lanes.dtype} "
+                f"{list(lanes.shape)}"
+            )
         store = next((b.store for b in state.blocks if b.store is not None), None)
         fresh = self.init_state(
             state.position.shape[0],
@@ -202,7 +211,7 @@ class TTLModel(nn.Module):
         Raises:
             ValueError: tokens, lengths and state do not fit each other or the vocabulary.
         """
-        B, T = self._check(tokens, state, lengths)
+        B, T = self._check(tokens, state, lengths, read_weight, rank_table)
         if lengths is None:
             lengths = torch.full((B,), T, dtype=torch.int64, device=tokens.device)
         inside = torch.arange(T, device=tokens.device) < lengths[:, None]
@@ -229,30 +238,64 @@ class TTLModel(nn.Module):
             x = nn.functional.linear(x, self.embedding.weight)
         return x, state, StepStats(*_mean_stats(stats, inside), nonfinite)
 
-    def _check(self, tokens: Tensor, state: StreamState, lengths: Tensor | None):
+    def _check(self, tokens, state, lengths, read_weight, rank_table) -> tuple[int, int]:
+        """B and T of a call whose arguments fit each other and this model."""
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(
                 f"tokens must be int64 [B, T], got {tokens.dtype} {tuple(tokens.shape)}"
             )
         B, T = tokens.shape
+        self._check_state(state)
         if state.position.shape[0] != B:
             raise ValueError(
                 f"tokens have batch {B} but the state has batch {state.position.shape[0]}; "
                 f"call init_state({B}) or select lanes of the state"
             )
-        if (
-            tokens.numel()
-            and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size
-        ):
+        low, high = tokens.aminmax() if tokens.numel() else (0, 0)
+        if not 0 <= low <= high < self.config.vocab_size:
             raise ValueError(
                 f"token ids must be from 0 to {self.config.vocab_size - 1}, got "
-                f"{int(tokens.min())} to {int(tokens.max())}; use this model's tokenizer"
+                f"{int(low)} to {int(high)}; use this model's tokenizer"
             )
         if lengths is not None and (
-            lengths.shape != (B,) or bool(((lengths < 0) | (lengths > T)).any())
+            not isinstance(lengths, Tensor)
+            or lengths.dtype != torch.int64
+            or lengths.shape != (B,)
+            or bool(((lengths < 0) | (lengths > T)).any())
         ):
-            raise ValueError(f"lengths must be [{B}] with values from 0 to {T}, got {lengths}")
+            raise ValueError(
+                f"lengths must be int64 [{B}] with values from 0 to {T}, got {lengths}"
+            )
+        if read_weight is not None and read_weight.shape != tokens.shape:
+            raise ValueError(
+                f"read_weight must be {[B, T]}, got {list(read_weight.shape)}: one per token"
+            )
+        stores = [block.store for block in state.blocks if block.store is not None]
+        if rank_table is not None and stores:
+            places = [B, stores[0].position.shape[-1]]
+            if list(rank_table.shape) != places:
+                raise ValueError(f"rank_table must be {places}, got {list(rank_table.shape)}")
         return B, T
+
+    def _check_state(self, state: StreamState) -> None:
+        """A state of another model would be read as nonsense; one without a store is legal."""
+        layers = len(state.blocks)
+        if layers != len(self.blocks):
+            raise ValueError(f"the state has {layers} layers and the model {len(self.blocks)}")
+        for index, (block, part) in enumerate(zip(self.blocks, state.blocks, strict=True)):
+            foreign = part.store is not None and block.attention.store is None
+            if foreign or (block.memory is None) != (part.memory is None):
+                raise ValueError(
+                    f"layer {index} of the state has another memory or store than the model; "
+                    "start from this model's init_state"
+                )
+            memory = block.memory
+            other = memory is not None and part.memory.k.shape[1] != memory.open_slots
+            if other or self.window_of(state) % self.config.chunk:
+                raise ValueError(
+                    "the state was made with another chunk or page than the model's chunk "
+                    f"{self.config.chunk}; the chunk length is part of a model"
+                )
 
 
 def _check_window(window: int, chunk: int) -> None:

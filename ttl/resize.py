@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wakesleep.kernels.admission import admit_reference
+from wakesleep.kernels.admission import admit_reference, bin_span
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, StreamState, WindowState
 from wakesleep.ttl.store import candidates, empty_store, put
@@ -32,46 +32,65 @@ def resize_state(
         raise ValueError(f"window must be a positive multiple of chunk {chunk}, got {window}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"store.capacity must be at least 1, got {capacity}")
+    end = state.position // chunk * chunk  # the last boundary
+    span = bin_span(end, chunk) if model.config.store.quota else None
     blocks = []
     for block in state.blocks:
         store = block.store
         if store is not None:
+            leaving = None if window >= old else _leaving(block.window, state.ids, end, old, window)
             size = store.position.shape[-1] if capacity is None else capacity
-            new = empty_store(store, size)
-            store = _compete(new._replace(moments=store.moments), store)
-            if window < old:
-                store = _compete(store, _leaving(block.window, state, old - window, old, chunk))
+            store = _resize_store(store, size, leaving, span)
         blocks.append(block._replace(window=_resize_window(block.window, window, old), store=store))
-    ids = _resize_front(state.ids, window - old, -1) if window != old else state.ids
+    ids = _resize_front(state.ids, window - old, -1)
     return state._replace(blocks=tuple(blocks), ids=ids)
 
 
-def _compete(store: StoreState, new: StoreState) -> StoreState:
-    """The best pairs of both, in the places of `store`."""
-    order = new.position.argsort(dim=-1, stable=True)  # candidates come by position
+def _resize_store(
+    store: StoreState, size: int, leaving: StoreState | None, span: Tensor | None
+) -> StoreState:
+    """The best of the store and of what leaves the window, in `size` places.
+
+    Where all pairs stay they keep their places, so that reads stay the same to the last bit.
+    """
+    spare = size - store.position.shape[-1]
+    if leaving is None and spare >= 0:
+        return _append(store, empty_store(store, spare)) if spare else store
+    pool = store if leaving is None else _append(store, leaving)
+    order = pool.position.argsort(dim=-1, stable=True)  # candidates come by position
 
     def sort(t: Tensor) -> Tensor:
-        index = order.view(*order.shape, *[1] * (t.dim() - 3))
-        return t.gather(2, index.expand(-1, -1, -1, *t.shape[3:]))
+        return t.gather(2, order.view(*order.shape, *[1] * (t.dim() - 3)).expand_as(t))
 
-    fields = ("k", "v", "score", "mass", "position", "span")
-    new = new._replace(**{name: sort(getattr(new, name)) for name in fields})
-    chosen = admit_reference(store.score, store.position, new.score, new.position, None)
-    placed = {
-        name: put(getattr(store, name), getattr(new, name), chosen, inplace=False)
-        for name in fields
-    }
-    return store._replace(**placed)
+    pool = pool._replace(**{name: sort(t) for name, t in _places(pool)})
+    new = empty_store(store, size)
+    chosen = admit_reference(new.score, new.position, pool.score, pool.position, span)
+    return new._replace(
+        **{name: put(t, getattr(pool, name), chosen, inplace=False) for name, t in _places(new)}
+    )
 
 
-def _leaving(window: WindowState, state: StreamState, count: int, old: int, chunk: int):
-    """The `count` oldest tokens of the window, as candidates for the store."""
-    start = state.position // chunk * chunk - old
-    position = start[:, None] + torch.arange(count, device=start.device)
-    ids = state.ids[:, SPAN_AFTER + 1 :][:, : count + SPAN - 1]
-    enters = window.live[:, :count] & (position >= 0)
+def _places(store: StoreState) -> list[tuple[str, Tensor]]:
+    """The fields that have places, [B, H, S, ...]."""
+    return [(name, t) for name, t in store._asdict().items() if name != "moments"]
+
+
+def _append(store: StoreState, more: StoreState) -> StoreState:
+    return store._replace(
+        **{name: torch.cat([t, getattr(more, name)], 2) for name, t in _places(store)}
+    )
+
+
+def _leaving(window: WindowState, ids: Tensor, end: Tensor, old: int, new: int) -> StoreState:
+    """The oldest tokens of a window that shrinks at the boundary `end`, as candidates."""
+    count = old - new
+    position = end[:, None] - old + torch.arange(count, device=end.device)
+    # ids of the spans, none from the open chunk: not all of it has been read
+    known = ids[:, SPAN_AFTER + 1 : SPAN + old]
+    known = nn.functional.pad(known, (0, count + SPAN), value=-1)[:, : count + SPAN - 1]
+    enters = window.live[:, :count]
     first = (t[:, :count] for t in (window.k, window.v, window.score))
-    return candidates(*first, enters, position, ids)
+    return candidates(*first, enters, position, known)
 
 
 def _resize_window(window: WindowState, new: int, old: int) -> WindowState:

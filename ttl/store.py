@@ -245,7 +245,8 @@ def candidates(
 
 def hash_uniform(position: Tensor, lane: Tensor, seed: int) -> Tensor:
     """A number in [0, 1) for every (position, lane, seed): the finaliser of splitmix64."""
-    z = position * -7046029254386353131 + lane * 0x2545F4914F6CDD1D + seed * 0x632BE59BD9B4E019
+    offset = (seed * 0x632BE59BD9B4E019 + 2**63) % 2**64 - 2**63  # as a tensor's int64 would wrap
+    z = position * -7046029254386353131 + lane * 0x2545F4914F6CDD1D + offset
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         z = (z ^ _shift_right(z, shift)) * factor
     z = z ^ _shift_right(z, 31)

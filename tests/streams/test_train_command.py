@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from wakesleep.streams import cli, doctor_command
+from wakesleep.streams.config import load_config
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.train_command import find_recipe
+from wakesleep.streams.training_config import TrainConfig
+from wakesleep.ttl.flops import flop_table
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +69,25 @@ def test_looking_at_the_settings_trains_nothing(training, capsys, flag, words):
     assert cli.main(["train", "mqar.yaml", "seed=3", "--output", "out", flag]) == 0
     assert words in capsys.readouterr().out
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--quiet"]], ids=str)
+def test_what_a_token_costs_is_said_before_training(training, capsys, flags):
+    said = []
+
+    def train(config, output, *, resume):
+        said.append(capsys.readouterr().err)
+        return {"output": str(output), "steps": 1, "model_sha256": "0", "resumed_at": []}
+
+    training(train)
+    words = ["mqar.yaml", "model.dim=64", "--output", "out"]
+    assert cli.main(["train", *words, *flags]) == 0
+    table = flop_table(
+        load_config(TrainConfig, find_recipe("mqar.yaml"), ["model.dim=64"])[0].model
+    )
+    before = said[0] if said else capsys.readouterr().err
+    assert (table in before) == (flags != ["--quiet"]) and bool(said) == (flags != ["--dry-run"])
+    assert "head" in table and "memory" in table
 
 
 def test_a_refused_folder_takes_three_lines_in_all(training, capsys):

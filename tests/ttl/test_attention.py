@@ -14,7 +14,7 @@ from wakesleep.ttl.grid import make_grid
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, BlockState
-from wakesleep.ttl.store import StoreConfig, hash_uniform
+from wakesleep.ttl.store import StoreConfig
 
 W, C, S, T, VOCAB = 8, 4, 6, 45, 31
 
@@ -206,18 +206,12 @@ def test_read_mass_of_a_lane_is_booked_on_the_pairs_that_were_read(model):
     assert (mass[1] == 0).all() and (mass[0] > 0).all() and (mass[0].sum(-1) < 1).all()
 
 
-def test_reservoir_hash_is_uniform_and_differs_by_lane_and_seed():
-    position = torch.arange(20_000)
-    u = [hash_uniform(position, torch.tensor(b), s) for b, s in ((0, 0), (1, 0), (0, 1))]
-    for a in u:
-        counts = torch.histc(a, 10, 0, 1)
-        assert (counts - 2000).abs().max() < 200 and a.min() >= 0 and a.max() < 1
-    assert abs(torch.corrcoef(torch.stack(u))[0, 1:]).max() < 0.03
+BAD = ["batch", "id", "float", "shape", "lengths", "bool lengths", "read_weight", "rank_table"]
 
 
-@pytest.mark.parametrize("bad", ["batch", "id", "float", "shape", "lengths"])
+@pytest.mark.parametrize("bad", BAD)
 def test_input_that_does_not_fit_is_refused_with_a_reason(model, bad):
-    tokens, lengths = torch.zeros(2, 5, dtype=torch.int64), None
+    tokens, lengths, more = torch.zeros(2, 5, dtype=torch.int64), None, {}
     match bad:
         case "batch":
             tokens, word = tokens[:1], "batch 1"
@@ -229,5 +223,11 @@ def test_input_that_does_not_fit_is_refused_with_a_reason(model, bad):
             tokens, word = tokens[0], r"\[B, T\]"
         case "lengths":
             lengths, word = torch.tensor([6, 0]), "from 0 to 5"
+        case "bool lengths":
+            lengths, word = torch.tensor([True, False]), "int64"
+        case "read_weight":
+            more, word = {"read_weight": torch.ones(1, 5)}, r"read_weight must be \[2, 5\]"
+        case "rank_table":
+            more, word = {"rank_table": torch.zeros(2, 5).long()}, rf"rank_table must be \[2, {S}\]"
     with pytest.raises(ValueError, match=word):
-        model(tokens, model.init_state(2), lengths)
+        model(tokens, model.init_state(2), lengths, **more)
