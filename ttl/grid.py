@@ -94,13 +94,12 @@ def carry(grid: Grid, y: Tensor, before: int = 0) -> Tensor:
 
     y: [B, before + G, ...], slots of the grid preceded by `before` older ones.
     """
-    width = before + grid.chunk
-    spare = torch.cat([y, y.new_zeros(y.shape[0], grid.chunk, *y.shape[2:])], 1)
-    first = grid.closed * grid.chunk
-    if grid.aligned:  # every lane closed all chunks
-        start = grid.num_chunks * grid.chunk
-        return spare[:, start : start + width]
-    return _rows(spare, first[:, None] + torch.arange(width, device=y.device))
+    nothing = y.new_zeros(y.shape[0], grid.chunk, *y.shape[2:])
+    if grid.aligned:  # every lane closed all chunks; a copy, so that y is not kept alive
+        return torch.cat([y[:, grid.num_chunks * grid.chunk :], nothing], 1)
+    first = (grid.closed * grid.chunk)[:, None]
+    columns = torch.arange(before + grid.chunk, device=y.device)
+    return _rows(torch.cat([y, nothing], 1), first + columns)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class MemoryConfig:
 class WriteStats(NamedTuple):
     surprise: Tensor  # [B, T] step * |error|, mean over the heads; 0 where not live
     per_head: Tensor  # [B, H, T]
-    written: Tensor  # [B, T] bool
+    written: Tensor  # [B, T] bool; of pages: what may be, a gate decides when the page is full
 
 
 class NeuralMemory(nn.Module):
@@ -356,47 +356,3 @@ def _initial_weights(config: MemoryConfig, num_heads: int, head_dim: int) -> lis
         return [nn.Parameter(torch.randn(H, K, K) * 0.1)]
     h = config.expansion * K
     return [nn.Parameter(torch.randn(H, K, h)), nn.Parameter(torch.randn(H, h, K) * h**-0.5)]
-
-
-class MemoryFlops(NamedTuple):
-    matmul: int  # 2 per multiply-add, what torch.utils.flop_counter counts of a call
-    linalg: int  # n^2 m per triangular solve
-
-
-def memory_flops(
-    config: MemoryConfig,
-    dim: int,
-    num_heads: int,
-    head_dim: int,
-    chunk: int,
-    num_chunks: int,
-    batch: int,
-    num_tokens: int,
-    num_closed: int | None = None,
-) -> MemoryFlops:
-    """Cost of one `NeuralMemory.forward` without a surprise gate.
-
-    Args:
-        num_chunks: chunks of the call's grid, the open ones included.
-        num_tokens: tokens per lane that the call brings.
-        num_closed: chunks that the call completes in any lane; all if None.
-    """
-    C, K, s = chunk, head_dim, config.levels
-    inner = num_heads * head_dim
-    closed = num_chunks if num_closed is None else num_closed
-    project = num_tokens * dim * (4 * inner + (2 + s) * num_heads)
-    plan = C * C * (C + 1) * (s - 1) + C * C * K
-    if config.kind == "mlp":
-        h = config.expansion * K
-        step = 3 * C * K * h + C * C * h + K * K * h
-        read = 2 * (s + 1) * C * K * h + 2 * C * C * (K + h)
-        layers = [(K, h), (h, K)]
-    else:
-        delta = config.kind == "delta"
-        step = C * K * K + (C * C * K if delta else 0)
-        read = (s + (not delta)) * C * K * K + 2 * C * C * K
-        layers = [(K, K)]
-    write = sum(s * C * m * n + 4 * (s - 1) * m * n for m, n in layers)
-    heads = num_heads * (num_chunks * (plan + step + read) + closed * write)
-    solve = C**3 * num_heads * num_chunks if config.kind == "delta" else 0
-    return MemoryFlops(2 * batch * (project + heads), batch * solve)

@@ -217,8 +217,8 @@ def test_bytes_of_the_state_do_not_grow(config):
     model = build(config)
     state = model.init_state(B)
     sizes = []
-    for i in range(4):
-        _, state, _ = model(draw(i), state)
+    for i, length in enumerate((T, 3, 8 * C - (T + 3) % C, 20 * C)):  # the last one is aligned
+        _, state, _ = model(draw(i, length=length), state)
         sizes.append(nbytes(state))
     assert sizes == [nbytes(model.init_state(B))] * 4
     assert all(
