@@ -29,6 +29,7 @@ from wakesleep.streams.sequences import (
 from wakesleep.streams.stories import write_story
 from wakesleep.streams.tokenizer import Tokenizer
 
+EXCERPT = 128  # tokens around a hard place
 SORTS = ("pairs", "dense", "recall", "changes", "stories", "language")
 
 
@@ -42,6 +43,8 @@ class MixtureConfig:
 
     corpus: str = ""  # .npy of scripts/build_corpus.py: noise and language
     validation_corpus: str = ""
+    hard: str | None = None  # .npy of scripts/mine_negatives.py: places that look like facts
+    hard_share: float = 0.5  # of sequences whose text is made of such places, if there are any
     tokenizer: str | None = None  # tokenizer.json; none: the one that is shipped
     stage_tokens: tuple[float, ...] = ()  # tokens read when stage 2, 3, ... begins
     pairs: tuple[float, ...] = (
@@ -57,6 +60,8 @@ class MixtureConfig:
     def __post_init__(self) -> None:
         if list(self.stage_tokens) != sorted(self.stage_tokens):
             raise ValueError(f"stage_tokens must increase, not {self.stage_tokens}")
+        if not 0 <= self.hard_share <= 1:
+            raise ValueError(f"hard_share must be from 0 to 1, not {self.hard_share}")
         stages = len(self.stage_tokens) + 1
         for name in SORTS:
             shares = getattr(self, name)
@@ -100,6 +105,11 @@ class Mixture:
                 f"sequence_len must be below the {len(self.corpus):,} tokens of {name}, "
                 f"not {sequence_len:,}"
             )
+        self.hard = None
+        if config.hard is not None and not validation:
+            self.hard = np.load(config.hard, mmap_mode="r", allow_pickle=False)
+            if not len(self.hard) or self.hard.max() >= len(self.corpus):
+                raise ValueError(f"hard={config.hard} has no places, or not those of {name}")
 
     def batch(self, step: int, lanes: int) -> dict[str, np.ndarray]:
         """One sequence per lane.
@@ -142,8 +152,17 @@ class Mixture:
                 write_recall(page, maker, facts.changed_share)
             case "stories":
                 write_story(page, maker.words)
-        start = draw.randrange(len(self.corpus) - self.sequence_len)
-        return page.finish(self.corpus[start : start + self.sequence_len])
+        return page.finish(self._text(draw))
+
+    def _text(self, draw: random.Random) -> np.ndarray:
+        """[T] ids: one passage, or excerpts around places that are easily taken for facts."""
+        length, last = self.sequence_len, len(self.corpus) - self.sequence_len
+        if self.hard is None or draw.random() >= self.config.hard_share:
+            start = draw.randrange(last)
+            return self.corpus[start : start + length]
+        places = [int(self.hard[draw.randrange(len(self.hard))]) for _ in range(0, length, EXCERPT)]
+        starts = [min(max(0, place - draw.randrange(EXCERPT)), last) for place in places]
+        return np.concatenate([self.corpus[s : s + EXCERPT] for s in starts])[:length]
 
 
 def _load_tokenizer(path: str | None) -> Tokenizer:

@@ -17,7 +17,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from wakesleep.streams.config import as_dict
+from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.rng import rng_states, set_rng_states
@@ -30,6 +30,7 @@ from wakesleep.streams.training_metrics import Means, add_answers
 from wakesleep.streams.training_run import RunFolder, make_trainer
 from wakesleep.streams.unroll import TokenLoss, Unrolled, last_stored, next_token_loss, unroll
 from wakesleep.ttl.model import TTLModel
+from wakesleep.ttl.model_io import load_model
 from wakesleep.ttl.state import StreamState, detach, flatten, to, unflatten
 
 __all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "train"]
@@ -244,7 +245,8 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[st
     """Train in a folder; return `{"output", "steps", "model_sha256", "resumed_at"}`.
 
     Raises:
-        Refused: the folder holds a run and `resume` is false, or a run with other settings.
+        Refused: the folder holds a run and `resume` is false, or a run with other settings;
+            train.start is a model of another config.
         TrainingFailed: a loss or gradient is not finite.
         Stopped: a signal came; the run was saved before.
     """
@@ -256,11 +258,27 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[st
     lightning.seed_everything(config.seed, verbose=False)
     module = StreamModule(config)
     trainer = make_trainer(config, folder)
+    if config.train.start is not None:
+        _start_from(module.model, config)
     checkpoint = folder.open(resume)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on loaders and loggers we do not have
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return folder.close(module.model, trainer.global_step)
+
+
+def _start_from(model: TTLModel, config: TrainConfig) -> None:
+    """Take the weights of a model folder; optimiser and data begin afresh."""
+    found = load_model(config.train.start)
+    before, now = flat(found.config), flat(config.model)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise Refused(
+                f"model.{key} is {before.get(key)} there and {now.get(key)} here",
+                f"train.start={config.train.start}",
+                "Start from a model of the same config.",
+            )
+    model.load_state_dict(found.state_dict())
 
 
 def _finite(x: Tensor | None) -> bool:

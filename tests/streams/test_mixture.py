@@ -318,3 +318,26 @@ def test_what_cannot_be_mixed_is_refused(folder, tmp_path):
         MixtureConfig(**{sort: (0.0,) for sort in SORTS})
     with pytest.raises(ValueError, match="facts_min must be from 1 to facts_max=24, not 25"):
         RecallConfig(facts_min=25)
+
+
+def test_hard_places_are_in_the_text_and_only_in_training(folder, tmp_path):
+    corpus = np.full(20_000, FILLER, np.uint16)
+    places = np.arange(1_000, 19_000, 500)
+    corpus[places] = FILLER + 1
+    np.save(tmp_path / "train.npy", corpus)
+    (tmp_path / "train.json").write_text((folder / "train.json").read_text())
+    np.save(tmp_path / "hard.npy", places)
+    shares = {sort: (float(sort == "language"),) for sort in SORTS}
+    config = MixtureConfig(
+        corpus=str(tmp_path / "train.npy"),
+        validation_corpus=str(tmp_path / "train.npy"),
+        hard=str(tmp_path / "hard.npy"),
+        **shares,
+    )
+    marks = [(row.tokens == FILLER + 1).sum() for row in sequences(Mixture(config, LENGTH, 0))]
+    assert 0.3 < np.mean(np.array(marks) >= 8) < 0.7  # 8 excerpts of 128, or a passage with 2
+    unseen = Mixture(config, LENGTH, 0, validation=True)
+    assert max((row.tokens == FILLER + 1).sum() for row in sequences(unseen)) <= 3
+    np.save(tmp_path / "hard.npy", np.array([20_000]))
+    with pytest.raises(ValueError, match="not those of corpus"):
+        Mixture(config, LENGTH, 0)

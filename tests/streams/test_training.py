@@ -386,3 +386,16 @@ def test_validation_changes_nothing_of_the_training():
     assert first == module.evaluate(open_source(config, validation=True), 2)
     assert before[0] == module.means.sums and before[1] is module.pool
     assert torch.equal(before[2], torch.get_rng_state()) and module.model.training
+
+
+def test_a_run_may_start_from_a_trained_model(tmp_path):
+    train(task(), tmp_path / "first")
+    trained = load_model(tmp_path / "first" / "last").state_dict()
+    start = {"start": str(tmp_path / "first" / "last"), "steps": 1}
+    still = {"lr": 1e-9, "lr_rest": 1e-9}
+    train(task(train=start, optim=still), tmp_path / "second")
+    for name, weight in load_model(tmp_path / "second" / "last").state_dict().items():
+        assert torch.equal(weight, trained[name]), name
+    with pytest.raises(Refused, match=r"model.mlp_dim is 32 there and 48 here"):
+        train(task(train=start, model={"mlp_dim": 48}), tmp_path / "third")
+    assert not (tmp_path / "third").exists()
