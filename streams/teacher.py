@@ -29,7 +29,8 @@ def admission_loss(
 
     Args:
         judged: says of stored positions [B, H, S] which pairs an answer could have read.
-        threshold: mass from which a pair counts as needed.
+        threshold: mass from which a pair counts as needed; what is booked as mass has the same
+            floor, so that it takes one answer that read the pair, not many that glanced at it.
         positive_weight: weight of needed pairs.
 
     Returns:

@@ -64,7 +64,8 @@ class StreamModule(lightning.LightningModule):
             raise RuntimeError(f"data and memory are out of step: {batch.cursor}, {self.cursor}")
         draw = self._draw(batch.cursor)
         start = self._start(draw, self.state)
-        read = unroll(self.model, batch, start, draw, self.pool)
+        floor = self.config.admission.threshold
+        read = unroll(self.model, batch, start, draw, self.pool, floor)
         tokens = self._next_token(read, batch)
         loss = tokens.loss
         if draw.keep_all:
@@ -177,7 +178,7 @@ class StreamModule(lightning.LightningModule):
     def _teach(self, read: Unrolled, batch: Batch) -> Tensor:
         """The admission loss of a step whose store kept everything."""
         admission, chunk = self.config.admission, self.config.model.chunk
-        asked = torch.where(batch.read_weight > 0, read.position, -1).amax(1)
+        asked = torch.where(batch.recalled > 0, read.position, -1).amax(1)
         until = last_stored(
             asked, chunk, self.model.window_of(read.state)
         )  # what the last answer could read
@@ -200,7 +201,7 @@ class StreamModule(lightning.LightningModule):
         self, means: Means, tokens: TokenLoss, read: Unrolled, batch: Batch, draw: Draw
     ) -> None:
         """Add a step's values for people; all of them are weighted by what they are means over."""
-        asked = int((batch.read_weight > 0).sum())
+        asked = int((batch.asked > 0).sum())
         rest = int((batch.weight > 0).sum()) - asked
         means.add("loss", float(tokens.loss.detach()))
         if asked:

@@ -24,7 +24,8 @@ class Batch(NamedTuple):
     tokens: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64, the token after each
     weight: Tensor  # [B, T] float32 of each prediction in the loss
-    read_weight: Tensor  # [B, T] float32, 1 where an answer token is predicted
+    asked: Tensor  # [B, T] float32, 1 where an answer token is predicted
+    recalled: Tensor  # [B, T] float32, 1 where that answer was said before
     fact: Tensor  # [B, T] bool: a token that the store should keep, for the metrics
     lengths: Tensor  # [B, K] int64 tokens of each segment
     reset: Tensor  # [B, K] bool: a document starts with this segment

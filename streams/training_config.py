@@ -24,7 +24,7 @@ class AdmissionConfig:
     windows: tuple[int, ...] = ()  # tokens W, one drawn per step; () = the model's own
     keep_all_share: float = 0.0  # of steps without selection; these teach the admission head
     weight: float = 1.0  # of the admission loss
-    threshold: float = 0.1  # read mass of a token from which it counts as needed
+    threshold: float = 0.1  # a token was needed if one answer gave it more of its attention
     positive_weight: float = 20.0  # of needed tokens in the binary cross-entropy
     distractor_share: float = 0.0  # of steps that start with pairs of other documents in the store
     distractor_pool: int = 2048  # pairs per layer and head that wait to be distractors

@@ -59,7 +59,8 @@ class TextLanes:
         nothing = torch.zeros(0, dtype=torch.int64)
         return Batch(
             *rows,
-            read_weight=torch.zeros(B, K * S),
+            asked=torch.zeros(B, K * S),
+            recalled=torch.zeros(B, K * S),
             fact=torch.zeros(B, K * S, dtype=torch.bool),
             lengths=torch.from_numpy(lengths),
             reset=torch.from_numpy(reset),

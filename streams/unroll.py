@@ -33,10 +33,18 @@ class TokenLoss(NamedTuple):
     right: Tensor  # [B, T] bool: the likeliest token is the target; answer tokens only
 
 
-def unroll(model: TTLModel, batch: Batch, state: StreamState, draw: Draw, pool: Pool) -> Unrolled:
+def unroll(
+    model: TTLModel,
+    batch: Batch,
+    state: StreamState,
+    draw: Draw,
+    pool: Pool,
+    read_floor: float = 0.0,
+) -> Unrolled:
     """Read the K segments of a batch; gradient flows through the state from each to the next.
 
-    A lane whose document starts with a segment is reset before it, and no other lane is.
+    A lane whose document starts with a segment is reset before it, and no other lane is. On a step
+    that keeps everything, what recalled answers read is booked as the `mass` of the store.
     """
     K = batch.reset.shape[1]
     S = batch.tokens.shape[1] // K
@@ -57,7 +65,8 @@ def unroll(model: TTLModel, batch: Batch, state: StreamState, draw: Draw, pool: 
             batch.tokens[:, here],
             state,
             None if bool((lengths == S).all()) else lengths,
-            read_weight=batch.read_weight[:, here] if draw.keep_all else None,
+            read_weight=batch.recalled[:, here] if draw.keep_all else None,
+            read_floor=read_floor,
             rank_table=draw.rank_table,
             head=False,
         )
@@ -74,9 +83,9 @@ def next_token_loss(hidden: Tensor, output: Tensor, batch: Batch, z_loss: float)
         output: [V, D], the output matrix.
         z_loss: weight of the squared log of the softmax's normaliser.
     """
-    rows = ((batch.weight > 0) | (batch.read_weight > 0)).flatten().nonzero()[:, 0]
+    rows = ((batch.weight > 0) | (batch.asked > 0)).flatten().nonzero()[:, 0]
     targets, weight = batch.targets.flatten()[rows], batch.weight.flatten()[rows]
-    asked = batch.read_weight.flatten()[rows] > 0
+    asked = batch.asked.flatten()[rows] > 0
     logits = F.linear(hidden.flatten(0, 1)[rows], output)
     losses = F.cross_entropy(logits, targets, reduction="none")
     loss = (losses * weight).sum() / weight.sum().clamp(min=1e-6)

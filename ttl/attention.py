@@ -52,6 +52,7 @@ class AttentionInput(NamedTuple):
     lane: Tensor  # [B] int64
     read_weight: Tensor | None  # [B, T] how much each query's reads count as read mass
     rank_table: Tensor | None  # [B, S] int64 increasing distances of the ranks, None = 0..S-1
+    read_floor: float = 0.0  # smaller shares of one query's attention count as no reading
 
 
 class WindowAttention(nn.Module):
@@ -233,7 +234,9 @@ class WindowAttention(nn.Module):
             y, p = self._read_chunk(*parts, reader, page, n)
             values.append(y)
             if weight is not None:
-                mass = torch.einsum("bhcl,bc->bhl", p.detach().float(), weight[:, here].float())
+                p = p.detach().float()
+                p = torch.where(p > given.read_floor, p, 0.0) if given.read_floor else p
+                mass = torch.einsum("bhcl,bc->bhl", p, weight[:, here].float())
                 score = self._count_mass(mass, score, at, reader)
             if reader is not None and bool((grid.closed > n).any()):
                 new = self._candidates(frame._replace(score=score), n, grid, given)

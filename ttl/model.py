@@ -193,6 +193,7 @@ class TTLModel(nn.Module):
         lengths: Tensor | None = None,
         *,
         read_weight: Tensor | None = None,
+        read_floor: float = 0.0,
         rank_table: Tensor | None = None,
         head: bool = True,
     ) -> tuple[Tensor, StreamState, StepStats]:
@@ -200,6 +201,7 @@ class TTLModel(nn.Module):
 
         Args:
             read_weight: [B, T] how much what each query reads counts in the store's `mass`.
+            read_floor: shares of a query's attention up to this do not count there.
             rank_table: [B, S] int64, increasing: distances of the stored ranks (spread in
                 training, so that every distance of a long stream is a trained one).
             head: False returns the final hidden states instead of logits.
@@ -219,7 +221,7 @@ class TTLModel(nn.Module):
         grid = make_grid(state.position, lengths, self.config.chunk, T)
         before = SPAN + self.window_of(state)
         ids = torch.cat([state.ids[:, :before], scatter(grid, tokens, state.ids[:, before:])], 1)
-        given = AttentionInput(inside, ids, state.lane, read_weight, rank_table)
+        given = AttentionInput(inside, ids, state.lane, read_weight, rank_table, read_floor)
         x = self.embedding(tokens) * self.config.dim**0.5
         blocks, stats = [], []
         for block, part in zip(self.blocks, state.blocks, strict=True):

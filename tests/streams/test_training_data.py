@@ -21,7 +21,7 @@ def test_weights_and_answers_stand_where_their_tokens_are_predicted():
     batch = Tasks(MQAR(MQARConfig(pairs=4, queries=4, vocab_size=32), 32, 0), 3, 2).batch(7)
     assert batch.cursor == 7 and batch.lengths.tolist() == [[16, 16]] * 3
     assert torch.equal(batch.targets[:, :-1], batch.tokens[:, 1:])
-    assert torch.equal(batch.weight, batch.read_weight) and int(batch.weight.sum()) == 12
+    assert torch.equal(batch.weight, batch.asked) and int(batch.weight.sum()) == 12
     for lane, start, stop in zip(*batch.answers[:3], strict=True):
         assert stop == start + 1 and batch.weight[lane, start] == 1
         assert batch.targets[lane, start] >= 16 > batch.tokens[lane, start] > 0
@@ -100,3 +100,20 @@ def test_files_that_are_no_documents_are_refused(tmp_path):
         TextLanes((str(tmp_path),), 1, 8, 1, 0)
     with pytest.raises(ValueError, match="no such file"):
         TextLanes((str(tmp_path / "b.npy"),), 1, 8, 1, 0)
+
+
+def test_answers_about_nothing_recall_nothing():
+    class Task:
+        def batch(self, step, lanes):
+            answers = {"lane": [0, 0], "start": [3, 6], "stop": [5, 8], "age": [2, -1]}
+            return {
+                "tokens": np.zeros((1, 8), np.int64),
+                "weight": np.ones((1, 8), np.float32),
+                "fact": np.zeros((1, 8), bool),
+                "answer_kind": np.zeros(2, np.int64),
+                **{f"answer_{name}": np.array(values) for name, values in answers.items()},
+            }
+
+    batch = Tasks(Task(), 1, 1).batch(0)
+    assert batch.asked.tolist() == [[0, 0, 1, 1, 0, 1, 1, 0]]
+    assert batch.recalled.tolist() == [[0, 0, 1, 1, 0, 0, 0, 0]]

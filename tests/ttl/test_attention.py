@@ -206,6 +206,23 @@ def test_read_mass_of_a_lane_is_booked_on_the_pairs_that_were_read(model):
     assert (mass[1] == 0).all() and (mass[0] > 0).all() and (mass[0].sum(-1) < 1).all()
 
 
+@torch.no_grad()
+def test_reads_below_the_floor_are_not_booked(model):
+    x = torch.randint(VOCAB, (1, T), generator=torch.Generator().manual_seed(9))
+    shares = []
+    for t in range(T):  # what each query alone read
+        one = torch.zeros(1, T)
+        one[0, t] = 1.0
+        _, state, _ = model(x, model.init_state(1), read_weight=one)
+        shares.append(state.blocks[0].store.mass)
+    shares = torch.stack(shares)
+    floor = float(shares[shares > 0].median())
+    _, state, _ = model(x, model.init_state(1), read_weight=torch.ones(1, T), read_floor=floor)
+    booked = torch.where(shares > floor, shares, 0.0).sum(0)
+    assert (state.blocks[0].store.mass - booked).abs().max() < 1e-6
+    assert (booked < shares.sum(0)).any()
+
+
 BAD = ["batch", "id", "float", "shape", "lengths", "bool lengths", "read_weight", "rank_table"]
 
 
