@@ -69,8 +69,9 @@ class ExactStore(nn.Module):
         """Score of every token [B, T, H] float32, from its block input x [B, T, D].
 
         The learned head predicts the logit of "a query from beyond the window will read this
-        token". It sees a detached x, so that its teacher (the read mass that tokens in fact
-        received) trains the head alone; selection itself passes no gradient. "residual_z" is
+        token". Its teacher is the read mass that tokens in fact received; selection itself passes
+        no gradient. The layers below learn from the teacher, too: without that, the head went by
+        what a token is and not by what is said around it. "residual_z" is
         returned raw, see `z_scores`; "mass" starts at 0 and is counted by the reader.
 
         Args:
@@ -83,7 +84,7 @@ class ExactStore(nn.Module):
         B, T, _ = x.shape
         match self.config.score:
             case "learned":
-                return self.head(x.detach()).float()
+                return self.head(x).float()
             case "residual" | "residual_z":
                 if surprise is None:
                     raise ValueError(

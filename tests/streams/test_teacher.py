@@ -1,4 +1,4 @@
-"""The admission head learns which tokens the answers read, and nothing else learns from it."""
+"""The admission head and the layers below it learn which tokens the answers read."""
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ def test_pairs_that_cannot_be_judged_teach_nothing():
     assert float(nothing) == 0 and found == {} and not nothing.requires_grad
 
 
-def test_the_gradient_reaches_the_head_alone():
+def test_the_gradient_reaches_the_head_and_what_it_sees_but_no_read():
     config = ModelConfig(
         vocab_size=16,
         dim=16,
@@ -108,7 +108,10 @@ def test_the_gradient_reaches_the_head_alone():
     loss, found = admission_loss(state, lambda p: p >= 0, threshold=0.02, positive_weight=5.0)
     loss.backward()
     reached = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()]
-    assert reached and all(n.startswith("blocks.1.attention.store.head") for n in reached)
+    assert any(n.startswith("blocks.1.attention.store.head") for n in reached)
+    assert "embedding.weight" in reached and "blocks.0.attention.qkv.weight" in reached
+    above = {n for n in reached if n.startswith("blocks.1")} - {"blocks.1.norm.weight"}
+    assert all(n.startswith("blocks.1.attention.store.head") for n in above)
     assert 0 < found["needed"] < 1
 
 
