@@ -17,6 +17,8 @@ from wakesleep.ttl.model_io import CONFIG, TOKENIZER, load_model, model_sha256
 
 DEFAULT = Path(__file__).parent / "data" / "default"  # the model that is shipped
 THRESHOLD = "known.json"  # {"known_threshold": 0.4}, chosen on validation data; may be missing
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_UNITS = {"avx512_bf16", "amx_bf16"}  # as Linux names them
 KNOWN_THRESHOLD = 0.5  # of a model for which none was chosen
 
 
@@ -70,6 +72,17 @@ def pick_device(name: str) -> torch.device:
     if not there[name]:
         raise Refused(f"device={name}: torch {torch.__version__} finds none here", "", "device=cpu")
     return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """Turn `auto` into bfloat16 on a CPU that multiplies it in hardware, else into float32.
+
+    State that is learned stays float32. Without such units bfloat16 is slower than float32.
+    """
+    if name != "auto":
+        return name
+    has_units = CPU_INFO.exists() and BF16_UNITS & set(CPU_INFO.read_text().split())
+    return "bfloat16" if device.type == "cpu" and has_units else "float32"
 
 
 def _threshold(folder: Path) -> float:

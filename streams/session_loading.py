@@ -12,7 +12,12 @@ import torch
 
 from wakesleep.streams.config import as_dict, flat, load_config
 from wakesleep.streams.errors import Refused
-from wakesleep.streams.language_model import LanguageModel, load_language_model
+from wakesleep.streams.language_model import (
+    LanguageModel,
+    load_language_model,
+    pick_device,
+    pick_dtype,
+)
 from wakesleep.streams.manifest import Manifest
 from wakesleep.streams.runner import Carried, StreamRunner, capacity_of, on_meta, to_device
 from wakesleep.streams.snapshot import read_snapshot
@@ -47,11 +52,19 @@ def load_session(
     session = as_dict(manifest.config) if manifest else None
     config, origins = load_config(StreamConfig, overrides=options, session=session)
     if manifest is not None:
+        if config.dtype == "auto":
+            config = dataclasses.replace(config, dtype=manifest.config.dtype)
         _check_fixed(manifest.config, config, origins)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if not isinstance(model, LanguageModel):
-        model = load_language_model(config.model, dtype=config.dtype, device=config.device)
+        dtype = pick_dtype(config.dtype, pick_device(config.device))
+        model = load_language_model(config.model, dtype=dtype, device=config.device)
+    dtype = str(next(model.model.parameters()).dtype).removeprefix("torch.")
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype=dtype)
+    elif config.dtype != dtype:
+        raise Refused(f"the model was loaded as {dtype}, the session has dtype={config.dtype}")
     path = None if config.model is None else str(Path(config.model).absolute())
     config = dataclasses.replace(config, model=path)
     if manifest is None:

@@ -53,7 +53,7 @@ Keys (left out on a later call: as the session has them)
   facts.count=64    plant facts   store.capacity=2k places of exact long memory
   facts.kinds=all   facts.seed=0  save_every=1M     tokens between snapshots
   model=DIR         device=auto   segment_len=2048  tokens per call of the model
-  threads=2 seed=0  dtype=float32 keep_ids=true     errors=strict encoding=utf-8"""
+  threads=2 seed=0  dtype=auto keep_ids=true        errors=strict encoding=utf-8"""
 
 
 def run(arguments: argparse.Namespace) -> int:

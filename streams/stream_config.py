@@ -45,7 +45,7 @@ class StreamConfig:
     keep_ids: bool = True  # append every token id to ids.bin
     lanes: int = 1  # documents read side by side
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights and window
     threads: int | None = None  # CPU threads; none: as many as torch takes
     seed: int = 0
     errors: Literal["strict", "replace"] = "strict"  # what to do with bytes that are not text

@@ -81,6 +81,8 @@ def text(tmp_path_factory) -> Path:
 def session_folder(tmp_path_factory, model_folder, text, _short_answers) -> Path:
     """A finished session that was told 10 facts of the test split; not to be written to."""
     folder = tmp_path_factory.mktemp("sessions") / "tiny"
-    with Session.open(folder, model_folder, facts={"count": 10}, threads=1) as session:
+    with Session.open(
+        folder, model_folder, facts={"count": 10}, threads=1, dtype="float32"
+    ) as session:
         session.read(text)
     return folder

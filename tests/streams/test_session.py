@@ -123,7 +123,7 @@ def killing(name, function):
     return call
 reading.write_snapshot = killing("snapshots", reading.write_snapshot)
 reading.Reading._write_metrics = killing("lines", reading.Reading._write_metrics)
-Session.open(folder, model, segment_len=128, save_every=512, threads=1).read(text)
+Session.open(folder, model, segment_len=128, save_every=512, threads=1, dtype="float32").read(text)
 """
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from wakesleep.streams import language_model as language_models
 from wakesleep.streams import session
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.session import Session
@@ -123,6 +124,24 @@ def test_the_last_two_snapshots_stay(straight):
 def test_another_value_of_a_fixed_key_is_refused_with_both(straight, language_model, options):
     with pytest.raises(Refused, match=r"(?s)is given, the session has"):
         Session.open(straight, language_model, **options)
+
+
+@pytest.mark.parametrize("units", [set(), {"avx512_bf16"}], ids=["without units", "with units"])
+def test_the_dtype_is_chosen_once_and_kept(tmp_path, monkeypatch, model_folder, text, units):
+    monkeypatch.setattr(language_models, "BF16_UNITS", units)
+    flags = tmp_path / "cpuinfo"
+    flags.write_text("flags : fpu avx2 avx512_bf16")
+    monkeypatch.setattr(language_models, "CPU_INFO", flags)
+    with Session.open(tmp_path / "s", model_folder, threads=1) as opened:
+        opened.read(text)
+    chosen = "bfloat16" if units else "float32"
+    assert manifest(tmp_path / "s")["config"]["dtype"] == chosen
+    monkeypatch.setattr(language_models, "BF16_UNITS", {"fpu"} - units)
+    for options in ({}, {"dtype": "auto"}):
+        with Session.open(tmp_path / "s", **options) as opened:
+            assert opened.config.dtype == chosen
+            weight = opened.language_model.model.embedding.weight
+            assert str(weight.dtype) == f"torch.{chosen}"
 
 
 def test_keys_left_out_are_those_of_the_session(tmp_path, language_model, text):
