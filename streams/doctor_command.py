@@ -67,6 +67,7 @@ def examine() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": _platform(),
         "device": _device(),
+        "dtype": _dtype(),
         "threads": torch.get_num_threads(),
         "cores": _cores(),
         "allocator": allocator(os.environ),
@@ -107,6 +108,7 @@ def as_text(findings: dict[str, Any]) -> str:
         ("python", findings["python"]),
         ("platform", findings["platform"]),
         ("device", findings["device"]),
+        ("dtype", f"{findings['dtype']} (dtype=auto)"),
         ("threads", f"{findings['threads']} of {findings['cores']} cores"),
         ("allocator", f"{findings['allocator_of_commands']} (stream, ask, train)"),
     ]
@@ -149,6 +151,12 @@ def _device() -> str:
     if torch.cuda.is_available():
         return f"cuda: {torch.cuda.get_device_name()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype() -> str:
+    from wakesleep.streams.language_model import pick_device, pick_dtype
+
+    return pick_dtype("auto", pick_device("auto"))
 
 
 def _cores() -> int:
