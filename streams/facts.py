@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from wakesleep.streams.families import FAMILIES, HELD_OUT_KINDS, KINDS, TRAINED_KINDS, Family
+from wakesleep.streams.loose_families import LOOSE, loose_families
 from wakesleep.streams.words import load_words, split_of
 
 __all__ = [
@@ -82,7 +83,13 @@ class FactMaker:
 
     def planted(self, kind: str, changes: int = 0) -> Fact:
         """Draw a fact of `kind`, stated once and then changed `changes` times."""
-        family = FAMILIES[kind]
+        return self._plant(FAMILIES[kind], "changed" if changes else kind, changes)
+
+    def planted_loose(self, changes: int = 0) -> Fact:
+        """Draw a fact of no family (`loose_families.py`)."""
+        return self._plant(self.draw.choice(loose_families()), LOOSE, changes)
+
+    def _plant(self, family: Family, kind: str, changes: int) -> Fact:
         entity = self._entity(family)
         values: list[str] = []
         while len(values) <= changes:
@@ -95,13 +102,19 @@ class FactMaker:
             _fill(wording, entity, value) for wording, value in zip(wordings, values, strict=True)
         )
         question = _fill(self._wording(family.questions), entity)
-        name = "changed" if changes else kind
-        return Fact(name, statements, question, values[-1], entity, tuple(values))
+        return Fact(kind, statements, question, values[-1], entity, tuple(values))
 
     def unplanted(self, kind: str) -> Fact:
         """Draw a question of `kind` to which no earlier fact has the answer."""
-        entity = self._entity(FAMILIES[kind])
-        question = _fill(self._wording(FAMILIES[kind].questions), entity)
+        return self._ask(FAMILIES[kind], kind)
+
+    def unplanted_loose(self) -> Fact:
+        """Draw a question of no family to which no earlier fact has the answer."""
+        return self._ask(self.draw.choice(loose_families()), LOOSE)
+
+    def _ask(self, family: Family, kind: str) -> Fact:
+        entity = self._entity(family)
+        question = _fill(self._wording(family.questions), entity)
         return Fact(kind, (), question, None, entity, ())
 
     def note(self, fact: Fact) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from wakesleep.streams.facts import Fact, FactMaker
 from wakesleep.streams.families import FAMILIES, TRAINED_KINDS
+from wakesleep.streams.loose_families import LOOSE
 from wakesleep.streams.prompts import (
     encode_answer,
     encode_question,
@@ -29,7 +30,7 @@ EPISODE = (2, 16)  # facts of one episode of a dense sequence
 DENSE_CHANGES = 0.2  # share of the facts of a dense sequence that change
 NAME_TOKENS, VALUE_TOKENS = (1, 3), (1, 5)  # of a pair of random tokens
 PAIR, STORY, UNKNOWN = "pair", "story", "unknown"
-ANSWER_KINDS = (*TRAINED_KINDS, PAIR, STORY, UNKNOWN)
+ANSWER_KINDS = (*TRAINED_KINDS, LOOSE, PAIR, STORY, UNKNOWN)
 
 
 class Answer(NamedTuple):
@@ -56,6 +57,7 @@ class RecallConfig:
     facts_max: int = 24
     far: int = 320  # tokens; what is older has left the window
     far_share: float = 0.75  # of questions asked at least that far from their statement
+    loose_share: float = 0.3  # of facts that belong to no family
     unknown_share: float = 0.3  # of questions to which nothing is the answer
     similar: float = 0.5  # share of entities that have a word in common with another one
     shared: float = 0.2  # share of entities of which something else is said, too
@@ -71,7 +73,7 @@ class RecallConfig:
             )
         if self.far < 0:
             raise ValueError(f"far must be 0 tokens or more, not {self.far}")
-        for name in ("far_share", "similar", "shared", "changed_share"):
+        for name in ("far_share", "loose_share", "similar", "shared", "changed_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if not 0 <= self.unknown_share < 1:
@@ -198,12 +200,12 @@ def write_recall(page: Page, maker: FactMaker, changed_share: float) -> None:
     wanted = round(config.facts_min * (config.facts_max / config.facts_min) ** draw.random())
     for _ in range(wanted):
         before = len(page.pieces)
-        fact = _draw_fact(maker, changed_share)
+        fact = _draw_fact(page, maker, changed_share)
         places = sorted(draw.uniform(0, horizon(page)) for _ in fact.statements)
         source = _say_all(page, fact, places)
         _ask_later(page, places[-1] + len(page.pieces[source].ids), fact, source)
         if draw.random() < config.unknown_odds:
-            unknown = maker.unplanted(draw.choice(TRAINED_KINDS))
+            unknown = _draw_unknown(page, maker)
             page.ask(draw.uniform(0, page.length), unknown.question, None, None, UNKNOWN)
         if page.used > FILL * page.length:
             page.drop_to(before)
@@ -253,12 +255,12 @@ def _random_ids(page: Page, count: tuple[int, int]) -> tuple[int, ...]:
 
 
 def _write_episode(page: Page, maker: FactMaker, count: int) -> None:
-    facts = [_draw_fact(maker, DENSE_CHANGES) for _ in range(count)]
+    facts = [_draw_fact(page, maker, DENSE_CHANGES) for _ in range(count)]
     sources = _say_mixed(page, facts)
     asked = list(facts)
     for _ in facts:
         if page.draw.random() < page.config.unknown_odds:
-            asked.append(maker.unplanted(page.draw.choice(TRAINED_KINDS)))
+            asked.append(_draw_unknown(page, maker))
     page.draw.shuffle(asked)
     for fact in asked:
         page.ask(page.used, fact.question, fact.answer, sources.get(fact.question), fact.kind)
@@ -284,7 +286,15 @@ def _say_mixed(page: Page, facts: list[Fact]) -> dict[str, int]:
     return sources
 
 
-def _draw_fact(maker: FactMaker, changed_share: float) -> Fact:
+def _draw_unknown(page: Page, maker: FactMaker) -> Fact:
+    if page.draw.random() < page.config.loose_share:
+        return maker.unplanted_loose()
+    return maker.unplanted(page.draw.choice(TRAINED_KINDS))
+
+
+def _draw_fact(page: Page, maker: FactMaker, changed_share: float) -> Fact:
+    if page.draw.random() < page.config.loose_share:
+        return maker.planted_loose(int(page.draw.random() < changed_share))
     kind = maker.draw.choice(TRAINED_KINDS)
     changes = int(kind == "changed")
     if FAMILIES[kind].changes and maker.draw.random() < changed_share:
