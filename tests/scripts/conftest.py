@@ -27,12 +27,10 @@ def script() -> Callable:
         yield importlib.import_module
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _short_answers():
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch):
     """Random weights would answer every question at full length."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ask, "MAX_ANSWER", 2)
-        yield
+    monkeypatch.setattr(ask, "MAX_ANSWER", 2)
 
 
 @pytest.fixture(scope="session")
@@ -78,11 +76,12 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def session_folder(tmp_path_factory, model_folder, text, _short_answers) -> Path:
+def session_folder(tmp_path_factory, model_folder, text) -> Path:
     """A finished session that was told 10 facts of the test split; not to be written to."""
     folder = tmp_path_factory.mktemp("sessions") / "tiny"
-    with Session.open(
-        folder, model_folder, facts={"count": 10}, threads=1, dtype="float32"
-    ) as session:
-        session.read(text)
+    options = {"facts": {"count": 10}, "threads": 1, "dtype": "float32"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ask, "MAX_ANSWER", 2)
+        with Session.open(folder, model_folder, **options) as session:
+            session.read(text)
     return folder
