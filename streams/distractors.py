@@ -1,8 +1,10 @@
 """Pairs of other documents in the store: what training has instead of ten million tokens.
 
 A store read at full size must be trained at full size, among pairs that scored as high as its own.
-A bounded ring keeps the loudest pairs of the last steps. Between two segments some of them enter
-the stores of the lanes, as if a long stretch of other text had passed while the window stood still.
+A bounded ring keeps the loudest pairs of the last steps: of one lane per step, in the order in which
+they were read, so that what is said of something else is there in whole, as it is in a long stream.
+Between two segments a run of them enters the stores of the lanes, as if a long stretch of other
+text had passed while the window stood still.
 """
 
 from __future__ import annotations
@@ -49,14 +51,16 @@ def empty_pool(state: StreamState, places: int) -> Pool:
 
 
 def collect(pool: Pool, state: StreamState, foreign: list[tuple[int, int]]) -> Pool:
-    """Add the loudest pairs of the lanes' own documents.
+    """Add the loudest pairs of a lane's own documents; the lanes take turns.
 
     foreign: intervals of positions whose pairs are distractors themselves.
     """
     if not pool.rings:
         return pool
     places = pool.rings[0].score.shape[1]
-    loudest = [_loudest(store, foreign, max(1, places // REFRESH)) for store in stores(state)]
+    wanted = max(1, places // REFRESH)
+    lane = pool.written // wanted % state.position.shape[0]
+    loudest = [_loudest(store, foreign, lane, wanted) for store in stores(state)]
     count = min(ring.score.shape[1] for ring in loudest)
     target = (torch.arange(count) + pool.written) % places
     target = target.to(pool.rings[0].score.device)
@@ -98,18 +102,19 @@ def own(position: Tensor, foreign: list[tuple[int, int]]) -> Tensor:
     return mask
 
 
-def _loudest(store: StoreState, foreign: list[tuple[int, int]], count: int) -> Ring:
-    """The `count` highest scores of every head over all lanes; fewer if there are not as many."""
-    mine = own(store.position, foreign)
-    score = torch.where(mine, store.score.detach(), -torch.inf)
-    score = score.transpose(0, 1).flatten(1)  # [H, B S]
-    top = score.topk(min(count, int(mine.sum((0, 2)).min())), dim=1)
+def _loudest(store: StoreState, foreign: list[tuple[int, int]], lane: int, count: int) -> Ring:
+    """The `count` highest scores of every head in a lane, the oldest first; fewer if there are."""
+    mine = own(store.position, foreign)[lane]
+    score = torch.where(mine, store.score[lane].detach(), -torch.inf)
+    chosen = score.topk(min(count, int(mine.sum(1).min())), dim=1).indices
+    order = store.position[lane].gather(1, chosen).argsort(1)
+    chosen = chosen.gather(1, order)  # [H, n]
 
     def rows(x: Tensor) -> Tensor:
-        flat = x.detach().transpose(0, 1).flatten(1, 2)
-        return flat.gather(1, top.indices[..., None].expand(-1, -1, flat.shape[-1]))
+        index = chosen.view(*chosen.shape, *[1] * (x.dim() - 3))
+        return x[lane].detach().gather(1, index.expand(-1, -1, *x.shape[3:]))
 
-    return Ring(rows(store.k), rows(store.v), top.values, rows(store.span))
+    return Ring(rows(store.k), rows(store.v), rows(store.score), rows(store.span))
 
 
 def _compete(store: StoreState, ring: Ring, order: Tensor, first: Tensor) -> StoreState:

@@ -65,13 +65,14 @@ def boundary(config: TrainConfig) -> int:
 
 
 def _distractors(rng, config: TrainConfig, level: int, waiting: int):
-    """Deal `level` of the waiting pairs to every lane, at random among the segments."""
+    """Deal a run of `level` of the waiting pairs to every lane, cut at random among the segments."""
     lanes, segments = config.train.lanes, config.train.segments_per_step
     if not level:
         return (None,) * segments, (0,) * segments
-    chosen = rng.permuted(np.tile(np.arange(waiting), (lanes, 1)), axis=1)[:, :level]
+    chosen = (rng.integers(waiting, size=(lanes, 1)) + np.arange(level)) % waiting
     shares = rng.dirichlet(np.ones(segments), size=lanes)
-    segment = (rng.random((lanes, level, 1)) > shares.cumsum(1)[:, None, :-1]).sum(2)
+    done = (np.arange(level) + 0.5)[:, None] / level
+    segment = (done > shares.cumsum(1)[:, None, :-1]).sum(2)
     orders, jumps = [], []
     clock = boundary(config)
     for k in range(segments):
@@ -85,10 +86,15 @@ def _distractors(rng, config: TrainConfig, level: int, waiting: int):
 
 
 def _spread(rng, lanes: int, places: int, rank_max: int) -> Tensor:
-    """Increasing distances [B, S], each lane's over a random range up to rank_max, without ties."""
+    """Increasing distances [B, S] below rank_max, without ties, over a random range in each lane.
+
+    The stores of a training step are mostly empty: half of the ranges begin at a random distance,
+    or the far ones would hardly ever be read.
+    """
     table = np.tile(np.arange(places), (lanes, 1))
     if places < rank_max:
         for row in table:
             span = int(places * (rank_max / places) ** rng.random())
-            row[:] = np.sort(rng.permutation(span)[:places])
+            first = int(rng.integers(rank_max - span + 1)) * int(rng.integers(2))
+            row[:] = first + np.sort(rng.permutation(span)[:places])
     return torch.from_numpy(table)

@@ -67,6 +67,7 @@ def test_every_lane_gets_the_same_number_of_different_distractors():
         assert all(len(set(lane)) == len(lane) == len(dealt[0]) for lane in dealt)
         assert draw.capacity == 256 + len(dealt[0])
         assert all(i < 40 for lane in dealt for i in lane)
+        assert all((b - a) % 40 == 1 for lane in dealt for a, b in pairwise(lane))
         levels.add(len(dealt[0]))
         for order, jump in zip(draw.orders, draw.jumps, strict=True):
             assert jump % 64 == 0 and jump >= (0 if order is None else order.shape[1])
@@ -80,6 +81,7 @@ def test_stored_distances_are_spread_without_ties():
     assert tables.shape == (150, 32) and (tables.diff(dim=1) > 0).all()
     assert int(tables.min()) >= 0 and 400 < int(tables.max()) < 512
     assert (tables[:, -1] < 64).any()
+    assert 0.3 < (tables[:, 0] > 64).float().mean() < 0.6  # others begin near
     full = config(capacities=[1024], rank_max=512)
     assert torch.equal(draw_step(full, 0, 0).rank_table[0], torch.arange(1024))
 
