@@ -1,10 +1,10 @@
 """Pairs of other documents in the store: what training has instead of ten million tokens.
 
 A store read at full size must be trained at full size, among pairs that scored as high as its own.
-A bounded ring keeps the loudest pairs of the last steps: of one lane per step, in the order in which
-they were read, so that what is said of something else is there in whole, as it is in a long stream.
-Between two segments a run of them enters the stores of the lanes, as if a long stretch of other
-text had passed while the window stood still.
+A bounded ring keeps the loudest pairs of the last steps: of one lane per step, in the order of the
+text, so that what is said of something else is there in whole, as it is in a long stream. Between
+two segments a run of them enters the stores of the lanes, as if a long stretch of other text had
+passed while the window stood still.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def boundary(config: TrainConfig) -> int:
 
 
 def _distractors(rng, config: TrainConfig, level: int, waiting: int):
-    """Deal a run of `level` of the waiting pairs to every lane, cut at random among the segments."""
+    """Deal a run of `level` waiting pairs to every lane, cut at random among the segments."""
     lanes, segments = config.train.lanes, config.train.segments_per_step
     if not level:
         return (None,) * segments, (0,) * segments
