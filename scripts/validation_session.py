@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("document", type=Path, help="a text, or a .npy of ids")
     parser.add_argument("keys", nargs="*", help="key=value of wakesleep stream")
     parser.add_argument("--session", required=True, type=Path, help="folder")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         with Progress(Console(), float("inf")) as progress:
             keys = split_overrides(args.keys)

@@ -62,14 +62,14 @@ class StreamModule(lightning.LightningModule):
         """Unroll the segments of a batch; the loss of its tokens and of the admission head."""
         if batch.cursor != self.cursor:
             raise RuntimeError(f"data and memory are out of step: {batch.cursor}, {self.cursor}")
-        draw = self._draw(batch.cursor)
+        draw = self._draw(batch.cursor, batch)
         start = self._start(draw, self.state)
-        floor = self.config.admission.threshold
-        read = unroll(self.model, batch, start, draw, self.pool, floor)
+        admission = self.config.admission
+        read = unroll(self.model, batch, start, draw, self.pool, admission.threshold)
         tokens = self._next_token(read, batch)
         loss = tokens.loss
-        if draw.keep_all:
-            loss = loss + self.config.admission.weight * self._teach(read, batch)
+        if draw.keep_all and self.config.tokens_before(batch.cursor) >= admission.teach_tokens:
+            loss = loss + admission.weight * self._teach(read, batch)
         self._require_finite(loss, tokens, read)
         self._count(self.means, tokens, read, batch, draw)
         if self.config.carries:
@@ -86,7 +86,7 @@ class StreamModule(lightning.LightningModule):
         self.model.eval()
         for number in range(batches):
             batch = self.transfer_batch_to_device(source.batch(number), self.device, 0)
-            draw = self._draw(VALIDATION + number)
+            draw = self._draw(VALIDATION + number, batch)
             read = unroll(self.model, batch, self._start(draw, state), draw, self.pool)
             state = read.state if self.config.carries else None
             self._count(means, self._next_token(read, batch), read, batch, draw)
@@ -159,10 +159,11 @@ class StreamModule(lightning.LightningModule):
             self.state = unflatten(like, saved["state"])
         self.pool = Pool(tuple(Ring(**ring) for ring in saved["pool"]), saved["pool_written"])
 
-    def _draw(self, number: int) -> Draw:
+    def _draw(self, number: int, batch: Batch) -> Draw:
         if self.config.carries:
             return never(self.config.train.segments_per_step)
-        return draw_step(self.config, number, self.pool.size).to(self.device)
+        facts = batch.fact.sum(1).cpu().numpy()
+        return draw_step(self.config, number, self.pool.size, facts).to(self.device)
 
     def _start(self, draw: Draw, carried: StreamState | None) -> StreamState:
         if carried is not None:

@@ -19,6 +19,7 @@ from wakesleep.ttl.model import ModelConfig
 class AdmissionConfig:
     """How the store is used while training, and how its admission head is taught."""
 
+    teach_tokens: float = 0  # read before the head is taught; before reads exist it only disturbs
     begin_tokens: float = 0  # read before stores select and distractors come; reads learn first
     capacities: tuple[int, ...] = ()  # places, one drawn per step; () = the model's own
     windows: tuple[int, ...] = ()  # tokens W, one drawn per step; () = the model's own
@@ -27,15 +28,19 @@ class AdmissionConfig:
     threshold: float = 0.1  # a token was needed if one answer gave it more of its attention
     positive_weight: float = 20.0  # of needed tokens in the binary cross-entropy
     distractor_share: float = 0.0  # of steps that start with pairs of other documents in the store
+    full_share: float = 0.0  # of those with selection: only the loudest of a lane find a place
+    room: tuple[float, float] = (1.5, 8.0)  # left then, in tokens per token of the lane's facts
     distractor_pool: int = 2048  # pairs per layer and head that wait to be distractors
     rank_max: int = 0  # stored distances are spread over this many; 0 = not spread
 
     def __post_init__(self) -> None:
-        for name in ("keep_all_share", "distractor_share"):
+        for name in ("keep_all_share", "distractor_share", "full_share"):
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         _require(all(c > 0 for c in self.capacities), "capacities", "above 0", self.capacities)
-        _require(self.begin_tokens >= 0, "begin_tokens", "at least 0", self.begin_tokens)
+        for name in ("teach_tokens", "begin_tokens"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.distractor_pool > 0, "distractor_pool", "above 0", self.distractor_pool)
+        _require(0 < self.room[0] <= self.room[1], "room", "two increasing numbers", self.room)
         _require(self.rank_max >= 0, "rank_max", "at least 0", self.rank_max)
         _require(self.threshold > 0, "threshold", "above 0", self.threshold)
         _require(self.positive_weight > 0, "positive_weight", "above 0", self.positive_weight)
@@ -160,6 +165,10 @@ class TrainConfig:
     def carries(self) -> bool:
         """Whether documents go on from step to step."""
         return self.data.kind == "text"
+
+    def tokens_before(self, number: int) -> int:
+        """Tokens read before batch `number`."""
+        return number * self.train.lanes * self.train.sequence_len
 
     @property
     def total_steps(self) -> int:

@@ -32,24 +32,32 @@ class Draw(NamedTuple):
         return self._replace(orders=orders, rank_table=ranks)
 
 
-def draw_step(config: TrainConfig, number: int, waiting: int) -> Draw:
-    """The draws of batch `number` when `waiting` distractors are in the pool."""
+def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray) -> Draw:
+    """The draws of batch `number`.
+
+    Args:
+        waiting: distractors in the pool.
+        facts: [B] int64 tokens of each lane that a store should keep.
+    """
     admission, step = config.admission, config.train
     rng = np.random.default_rng((config.seed, number, KEY))
-    begun = number * step.lanes * step.sequence_len >= admission.begin_tokens
+    begun = config.tokens_before(number) >= admission.begin_tokens
     keep_all = bool(rng.random() < admission.keep_all_share) or not begun
     window = int(rng.choice(admission.windows)) if admission.windows else None
     drawn = int(rng.choice(admission.capacities)) if admission.capacities else None
-    most = waiting if keep_all or drawn is None else min(waiting, drawn)
-    level = 0
+    places = drawn or config.model.store.capacity
+    levels = np.zeros(step.lanes, np.int64)
     if waiting and begun and rng.random() < admission.distractor_share:
-        level = int(rng.integers(1, most + 1))
-    orders, jumps = _distractors(rng, config, level, waiting)
-    capacity = step.sequence_len + level if keep_all else drawn
+        if not keep_all and rng.random() < admission.full_share:
+            room = facts * np.exp(rng.uniform(*np.log(admission.room), step.lanes))
+            levels = np.clip(places - room.astype(np.int64), 0, waiting)
+        else:
+            levels += rng.integers(1, min(waiting, waiting if keep_all else places) + 1)
+    orders, jumps = _distractors(rng, config, levels, waiting)
+    capacity = step.sequence_len + int(levels.max()) if keep_all else drawn
     ranks = None
     if admission.rank_max:
-        places = capacity or config.model.store.capacity
-        ranks = _spread(rng, step.lanes, places, admission.rank_max)
+        ranks = _spread(rng, step.lanes, capacity or places, admission.rank_max)
     return Draw(capacity, window, keep_all, orders, jumps, ranks)
 
 
@@ -64,22 +72,24 @@ def boundary(config: TrainConfig) -> int:
     return math.lcm(model.chunk, model.memory.page or model.chunk)
 
 
-def _distractors(rng, config: TrainConfig, level: int, waiting: int):
-    """Deal a run of `level` waiting pairs to every lane, cut at random among the segments."""
+def _distractors(rng, config: TrainConfig, levels: np.ndarray, waiting: int):
+    """Deal each lane a run of `levels` [B] waiting pairs, cut at random among the segments."""
     lanes, segments = config.train.lanes, config.train.segments_per_step
-    if not level:
+    most = int(levels.max())
+    if not most:
         return (None,) * segments, (0,) * segments
-    chosen = (rng.integers(waiting, size=(lanes, 1)) + np.arange(level)) % waiting
+    column = np.arange(most)
+    chosen = (rng.integers(waiting, size=(lanes, 1)) + column) % waiting
     shares = rng.dirichlet(np.ones(segments), size=lanes)
-    done = (np.arange(level) + 0.5)[:, None] / level
-    segment = (done > shares.cumsum(1)[:, None, :-1]).sum(2)
+    done = (column + 0.5) / levels.clip(1)[:, None]
+    segment = (done[..., None] > shares.cumsum(1)[:, None, :-1]).sum(2)
+    segment[column >= levels[:, None]] = segments  # none
     orders, jumps = [], []
     clock = boundary(config)
     for k in range(segments):
         here = segment == k
-        order = np.sort(np.where(here, np.arange(level), level), axis=1)[:, : here.sum(1).max()]
-        padded = np.concatenate([chosen, np.full((lanes, 1), -1)], axis=1)
-        order = np.take_along_axis(padded, order, axis=1)
+        front = np.argsort(~here, axis=1, kind="stable")[:, : here.sum(1).max()]
+        order = np.take_along_axis(np.where(here, chosen, -1), front, axis=1)
         orders.append(torch.from_numpy(order) if order.size else None)
         jumps.append(math.ceil(order.shape[1] / clock) * clock)
     return tuple(orders), tuple(jumps)

@@ -399,3 +399,23 @@ def test_a_run_may_start_from_a_trained_model(tmp_path):
     with pytest.raises(Refused, match=r"model.mlp_dim is 32 there and 48 here"):
         train(task(train=start, model={"mlp_dim": 48}), tmp_path / "third")
     assert not (tmp_path / "third").exists()
+
+
+def test_the_head_and_the_layers_below_are_taught_from_teach_tokens_on():
+    batch_tokens = TASK["train"]["lanes"] * TASK["train"]["sequence_len"]
+    admission = {"teach_tokens": batch_tokens, "keep_all_share": 1.0}
+    grads = {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        module = StreamModule(task(admission={**admission, "weight": weight}))
+        source = open_source(module.config)
+        for number in range(2):
+            module.model.zero_grad()
+            module.training_step(source.batch(number), number).backward()
+            grads[weight, number] = {n: p.grad for n, p in module.model.named_parameters()}
+    head = [name for name in grads[1.0, 0] if ".store." in name]
+    assert head and all(grads[1.0, 0][name] is None for name in head)
+    assert all(grads[1.0, 1][name].abs().sum() > 0 for name in head)
+    below = "embedding.weight"
+    assert torch.equal(grads[1.0, 0][below], grads[0.0, 0][below])
+    assert not torch.equal(grads[1.0, 1][below], grads[0.0, 1][below])

@@ -11,6 +11,7 @@ from wakesleep.streams.config import load_config
 from wakesleep.streams.training_config import OptimConfig, TrainConfig
 from wakesleep.streams.training_draws import draw_step
 
+FACTS = np.array([0, 4, 8])  # tokens of three lanes
 RECIPES = sorted(entry.name for entry in files("wakesleep.configs").iterdir())
 RECIPES = [name for name in RECIPES if name.endswith(".yaml")]
 
@@ -43,23 +44,30 @@ def config(**admission) -> TrainConfig:
 def test_a_draw_depends_on_seed_and_number_alone():
     drawing = config(capacities=[16, 64], keep_all_share=0.4, distractor_share=0.8, rank_max=512)
     for number in range(20):
-        a, b = (draw_step(drawing, number, 100) for _ in range(2))
+        a, b = (draw_step(drawing, number, 100, FACTS) for _ in range(2))
         assert a[:3] == b[:3] and a.jumps == b.jumps
         assert torch.equal(a.rank_table, b.rank_table)
         assert all(
             x is y is None or torch.equal(x, y) for x, y in zip(a.orders, b.orders, strict=True)
         )
-    drawn = [draw_step(drawing, number, 100) for number in range(400)]
+    drawn = [draw_step(drawing, number, 100, FACTS) for number in range(400)]
     assert 0.3 < np.mean([d.keep_all for d in drawn]) < 0.5
     assert {d.capacity for d in drawn if not d.keep_all} == {16, 64}
     assert 0.7 < np.mean([any(d.jumps) for d in drawn]) < 0.9
+
+
+def test_nothing_is_selected_before_begin_tokens():
+    late = config(capacities=[16], distractor_share=1.0, full_share=1.0, begin_tokens=2 * 3 * 256)
+    draws = [draw_step(late, number, 100, FACTS) for number in range(3)]
+    assert [draw.keep_all for draw in draws] == [True, True, False]
+    assert [any(draw.jumps) for draw in draws] == [False, False, True]
 
 
 def test_every_lane_gets_the_same_number_of_different_distractors():
     drawing = config(keep_all_share=1.0, distractor_share=1.0)
     levels = set()
     for number in range(50):
-        draw = draw_step(drawing, number, 40)
+        draw = draw_step(drawing, number, 40, FACTS)
         dealt = [
             [int(i) for order in draw.orders if order is not None for i in order[lane] if i >= 0]
             for lane in range(3)
@@ -72,18 +80,31 @@ def test_every_lane_gets_the_same_number_of_different_distractors():
         for order, jump in zip(draw.orders, draw.jumps, strict=True):
             assert jump % 64 == 0 and jump >= (0 if order is None else order.shape[1])
     assert min(levels) < 10 and max(levels) > 30
-    assert draw_step(drawing, 0, 0).jumps == (0, 0, 0, 0)
+    assert draw_step(drawing, 0, 0, FACTS).jumps == (0, 0, 0, 0)
+
+
+def test_a_full_store_leaves_room_for_the_facts_of_each_lane():
+    drawing = config(capacities=[64], distractor_share=1.0, full_share=1.0, room=[1.5, 3.0])
+    rooms = []
+    for number in range(50):
+        draw = draw_step(drawing, number, 80, FACTS)
+        dealt = sum((order >= 0).sum(1) for order in draw.orders if order is not None)
+        rooms.append((64 - dealt).tolist())
+    rooms = np.array(rooms)
+    assert (rooms[:, 0] == 0).all()
+    assert (rooms[:, 1:] >= [6, 12]).all() and (rooms[:, 1:] <= [12, 24]).all()
+    assert (rooms[:, 1:].max(0) > [9, 18]).all()
 
 
 def test_stored_distances_are_spread_without_ties():
     spread = config(capacities=[32], rank_max=512)
-    tables = torch.cat([draw_step(spread, number, 0).rank_table for number in range(50)])
+    tables = torch.cat([draw_step(spread, number, 0, FACTS).rank_table for number in range(50)])
     assert tables.shape == (150, 32) and (tables.diff(dim=1) > 0).all()
     assert int(tables.min()) >= 0 and 400 < int(tables.max()) < 512
     assert (tables[:, -1] < 64).any()
     assert 0.3 < (tables[:, 0] > 64).float().mean() < 0.6  # others begin near
     full = config(capacities=[1024], rank_max=512)
-    assert torch.equal(draw_step(full, 0, 0).rank_table[0], torch.arange(1024))
+    assert torch.equal(draw_step(full, 0, 0, FACTS).rank_table[0], torch.arange(1024))
 
 
 @pytest.mark.parametrize("name", RECIPES)
