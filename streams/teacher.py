@@ -25,6 +25,8 @@ def admission_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Binary cross-entropy of the admission head against the read mass of a store that kept all.
 
+    What one head needed, the others are to keep, too: a head that reads nothing in particular would
+    otherwise be left with whatever its scores say, and what it reads there is heard nevertheless.
     Gradient reaches the scores of `state` and nothing else.
 
     Args:
@@ -43,7 +45,7 @@ def admission_loss(
         seen = judged(store.position) & (store.position >= 0)
         if not bool(seen.any()):
             continue
-        needed = store.mass.detach() > threshold
+        needed = _by_any_head(store.mass.detach() > threshold, store.position)
         score = torch.where(seen, store.score, 0.0)  # the empty places hold -inf
         weight = torch.where(needed, positive_weight, 1.0) * seen
         loss = F.binary_cross_entropy_with_logits(score, needed.float(), weight, reduction="sum")
@@ -94,6 +96,16 @@ def fact_ranking(
 def stores(state: StreamState) -> list[StoreState]:
     """The stores of all blocks that have one."""
     return [block.store for block in state.blocks if block.store is not None]
+
+
+def _by_any_head(needed: Tensor, position: Tensor) -> Tensor:
+    """Where any head needed a pair of that position, [B, H, S] as `needed`.
+
+    The heads of a store that kept all hold the same positions, each in an order of its own.
+    """
+    order = position.argsort(-1)
+    shared = needed.gather(-1, order).any(1, keepdim=True).expand_as(needed)
+    return torch.zeros_like(needed).scatter(-1, order, shared)
 
 
 def _ranking(score: Tensor, needed: Tensor, other: Tensor) -> dict[str, float | None]:
