@@ -40,13 +40,13 @@ def widen_stored_key(k: Tensor, turn: Tensor) -> Tensor:
 
 
 def softmax_read(
-    q: Tensor, k: Tensor, v: list[Tensor], sink: Tensor, causal_at: int, bias: Tensor | None
+    logits: Tensor, v: list[Tensor], sink: Tensor, causal_at: int, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Read values v by queries q, softmax over the L places.
+    """Read values v, softmax over the L places.
 
     Args:
-        q: [B, H, C, R + K], already scaled.
-        k: [B, H, L, R + K]; place 0 belongs to the sink, its key is ignored.
+        logits: [B, H, C, L] products of the scaled queries with the keys, overwritten here; place
+            0 belongs to the sink, what is there is ignored.
         v: the values in pieces [B, H, L_i, K] that follow each other; the sink's value is zero.
         sink: [H] logit of the sink.
         causal_at: first place of the queries' own chunk; query i sees the chunk up to place i.
@@ -56,9 +56,8 @@ def softmax_read(
     Returns:
         values [B, H, C, K] and probabilities [B, H, C, L].
     """
-    B, H, C, _ = q.shape
-    logits = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).view(B, H, C, -1)
-    later = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
+    B, H, C, _ = logits.shape
+    later = torch.ones(C, C, dtype=torch.bool, device=logits.device).triu(1)
     logits[..., causal_at : causal_at + C].masked_fill_(later, -torch.inf)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)

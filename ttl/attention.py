@@ -29,7 +29,8 @@ from wakesleep.kernels.softmax_read import (
 )
 from wakesleep.ttl.grid import Grid, carry, gather, scatter
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, WindowState
-from wakesleep.ttl.store import ExactStore, StoreConfig, StoreReader, candidates, z_scores
+from wakesleep.ttl.store import ExactStore, StoreConfig, candidates, z_scores
+from wakesleep.ttl.store_reader import BufferReader, PieceReader
 
 TAPS = 4  # of the short convolution on q, k, v
 ROTARY_BASE = 10_000.0
@@ -91,7 +92,7 @@ class WindowAttention(nn.Module):
         self.page_bias = nn.Parameter(torch.zeros(num_heads)) if page else None
         self.out = nn.Linear(inner, dim, bias=False)
         self.store = ExactStore(store, dim, num_heads, head_dim) if store else None
-        self.fast = True  # False: the readable reference also without gradients
+        self.fast = True  # False: the form for gradients also without them
         self._init_parameters()
 
     @torch.no_grad()
@@ -222,9 +223,8 @@ class WindowAttention(nn.Module):
         fast = self.fast and not torch.is_grad_enabled()
         reader = None
         if store is not None:
-            head = self._front + W + C if fast else None
-            far = turns[W + C :]
-            reader = StoreReader(self.store.config, store, far, given.rank_table, head)
+            of = (self.store.config.quota, store, turns[W + C :], given.rank_table)
+            reader = BufferReader(*of, self._front + W + C) if fast else PieceReader(*of)
         values, score = [], frame.score
         for n in range(N):
             at = slice(n * C, n * C + W + C)  # what the window shows during chunk n
@@ -270,17 +270,21 @@ class WindowAttention(nn.Module):
         if page is not None:
             paged = self._page_bias(page, n)
             seen = seen + paged[:, 0].isfinite().sum(-1)
-        if reader is None or not reader.used:
-            keys, values = torch.cat(keys, 2), [torch.cat(values, 2)]
-        else:
-            keys, values = reader.keys(keys), [torch.cat(values, 2), reader.values]
+        values = [torch.cat(values, 2)]
+        stored = reader is not None and reader.used > 0
+        if stored:
+            values += reader.values
             seen = seen + reader.count[:, None]
         size = seen.clamp(min=1).to(torch.promote_types(q.dtype, torch.float32)).log()
         scale = 1 + self.size_gain[:, None] * size[:, None].to(q.dtype)
         q = q * (scale * self.head_dim**-0.5)[..., None]
+        if stored:
+            logits = reader.logits(q, keys)
+        else:
+            logits = torch.matmul(q, torch.cat(keys, 2).transpose(2, 3))
         causal_at = self._front + k.shape[2] - C
-        bias = _bias(self._front, live, reader, paged, q)
-        return softmax_read(q, keys, values, self.sink, causal_at, bias)
+        bias = _bias(self._front, live, reader if stored else None, paged, q)
+        return softmax_read(logits, values, self.sink, causal_at, bias)
 
     def _front_pairs(self, k: Tensor, v: Tensor, page: PageView | None):
         """Keys [B, H, ., R + K] and values [B, H, ., K] of the sink, persistent pairs, page."""
@@ -322,7 +326,7 @@ class WindowAttention(nn.Module):
         return candidates(*leaving, enters, position, known)
 
 
-def _bias(front: int, live: Tensor, reader: StoreReader | None, paged: Tensor | None, q: Tensor):
+def _bias(front: int, live: Tensor, reader, paged: Tensor | None, q: Tensor):
     """What keeps queries q [B, H, C, .] from places with nothing in them; None where all are full.
 
     Args:
@@ -332,12 +336,11 @@ def _bias(front: int, live: Tensor, reader: StoreReader | None, paged: Tensor | 
     Returns:
         [B, 1 or H, 1 or C, L], 0 or -inf but for the page's own bias.
     """
-    stored = reader is not None and reader.used > 0
-    if paged is None and bool(live.all()) and (not stored or reader.full):
+    if paged is None and bool(live.all()) and (reader is None or reader.full):
         return None
     nothing = q.new_full((), -torch.inf)
     parts = [torch.where(live, 0.0, nothing)[:, None, None]]
-    if stored:
+    if reader is not None:
         parts.append(torch.where(reader.empty, nothing, 0.0)[:, :, None])
     if paged is not None:
         parts.insert(0, paged.to(q.dtype))

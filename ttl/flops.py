@@ -1,7 +1,7 @@
 """Closed formulas for the cost of reading, in FLOPs and bytes: the wake half of the ledger.
 
-`matmul` equals what torch.utils.flop_counter counts on this code, reference and fast form alike (2
-per multiply-add of every matrix product); elementwise work is seen in seconds, not here. `linalg`
+`matmul` equals what torch.utils.flop_counter counts when this code reads without gradients (2 per
+multiply-add of every matrix product); elementwise work is seen in seconds, not here. `linalg`
 counts n^2 m per triangular solve. Costs depend on where a call falls on the chunk grid, so the
 formulas take the position.
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from wakesleep.kernels.admission import admit_reference, bin_span
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, StreamState, WindowState
-from wakesleep.ttl.store import candidates, empty_store, put
+from wakesleep.ttl.store import candidates, empty_store
+from wakesleep.ttl.store_reader import put
 
 
 def resize_state(
@@ -65,9 +66,7 @@ def _resize_store(
     pool = pool._replace(**{name: sort(t) for name, t in _places(pool)})
     new = empty_store(store, size)
     chosen = admit_reference(new.score, new.position, pool.score, pool.position, span)
-    return new._replace(
-        **{name: put(t, getattr(pool, name), chosen, inplace=False) for name, t in _places(new)}
-    )
+    return new._replace(**{name: put(t, getattr(pool, name), chosen) for name, t in _places(new)})
 
 
 def _places(store: StoreState) -> list[tuple[str, Tensor]]:

@@ -18,8 +18,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wakesleep.kernels.admission import Admission, admit_fast, admit_reference, bin_span
-from wakesleep.kernels.softmax_read import widen_stored_key
 from wakesleep.ttl.grid import Grid
 from wakesleep.ttl.state import SPAN, StoreState
 
@@ -101,107 +99,6 @@ class ExactStore(nn.Module):
                 return x.new_zeros(B, T, self.num_heads, dtype=torch.float32)
 
 
-class StoreReader:
-    """The store during one call: its keys in the form in which they are read, and its boundaries.
-
-    The state that it was made from is never changed. The fast form (no gradients) clones the
-    tensors at the first admission and from then on overwrites places in place, and keeps the keys
-    of a query's whole view (window, then store) in one buffer; the reference makes new tensors at
-    every boundary, which autograd can follow.
-    """
-
-    def __init__(
-        self,
-        config: StoreConfig,
-        state: StoreState,
-        turns: Tensor,
-        rank_table: Tensor | None,
-        head: int | None,
-    ) -> None:
-        """A reader of `state`.
-
-        Args:
-            turns: [at least S, 2, R // 2] rotation of each distance, rank 0 first.
-            rank_table: [B, S] int64 distance of each rank, None = the rank itself.
-            head: for the fast form, the number of keys in front of the store's; None = reference.
-        """
-        self.config, self.state, self.fast = config, state, head is not None
-        self.turns, self.rank_table = turns, rank_table
-        self.owned = False
-        if self.fast:
-            B, H, S, K = state.k.shape
-            self.head = head
-            self.buffer = state.k.new_empty(B, H, head + S, K + 2 * turns.shape[-1])
-        self._refresh()
-
-    def keys(self, window: list[Tensor]) -> Tensor:
-        """The keys of a chunk's view [B, H, L, R + K]: the `window` keys, then the store's."""
-        if not self.fast:
-            return torch.cat([*window, self.stored], 2)
-        torch.cat(window, 2, out=self.buffer[:, :, : self.head])
-        return self.buffer[:, :, : self.head + self.used]
-
-    @property
-    def capacity(self) -> int:
-        return self.state.position.shape[-1]
-
-    def admit(self, new: StoreState, end: Tensor, chunk: int) -> None:
-        """Let the candidates `new` (places = the chunk that leaves; -inf = must not enter) compete.
-
-        end: [B] int64 tokens read at this boundary.
-        """
-        old = self.state
-        if self.config.quota:
-            span = bin_span(end, chunk)
-            chosen = admit_reference(old.score, old.position, new.score, new.position, span)
-        elif self.fast:
-            if not bool((new.score.amax(-1) > old.score.amin(-1)).any()):
-                return
-            chosen = admit_fast(old.score, self.rank, new.score)
-        else:
-            chosen = admit_reference(old.score, old.position, new.score, new.position, None)
-        fields = old._asdict()
-        for name in ("k", "v", "score", "mass", "position", "span"):
-            target = fields[name].clone() if self.fast and not self.owned else fields[name]
-            fields[name] = put(target, getattr(new, name), chosen, inplace=self.fast)
-        self.owned = True
-        self.state = StoreState(**fields)
-        self._refresh()
-
-    def add_mass(self, mass: Tensor, into_score: bool) -> None:
-        """Count attention mass [B, H, used] that was read from the stored pairs."""
-        mass = nn.functional.pad(mass, (0, self.capacity - mass.shape[-1]))
-        score = self.state.score + mass if into_score else self.state.score
-        self.state = self.state._replace(mass=self.state.mass + mass, score=score)
-
-    def _refresh(self) -> None:
-        """Recompute what follows from the positions: order, fill, and the rotated keys."""
-        position = self.state.position
-        self.rank = order_rank(position)
-        self.count = (position[:, 0] >= 0).sum(-1)  # [B]; heads fill alike
-        self.used = int(self.count.max())
-        self.full = bool((self.count == self.used).all())
-        distance = self.rank[..., : self.used]
-        if self.rank_table is not None:
-            table = self.rank_table[:, None].expand(-1, distance.shape[1], -1)
-            distance = table.gather(-1, distance)
-        turn = self.turns[distance]  # [B, H, used, 2, R // 2]
-        stored = widen_stored_key(self.state.k[:, :, : self.used], turn)
-        if self.fast:
-            self.buffer[:, :, self.head : self.head + self.used] = stored
-        else:
-            self.stored = stored
-
-    @property
-    def values(self) -> Tensor:
-        return self.state.v[:, :, : self.used]
-
-    @property
-    def empty(self) -> Tensor:
-        """[B, H, used] bool: places below `used` that hold nothing (other lanes are fuller)."""
-        return self.state.position[:, :, : self.used] < 0
-
-
 def empty_store(like: StoreState, capacity: int) -> StoreState:
     """A store of `capacity` empty places for the lanes and heads of `like`, with its moments."""
 
@@ -257,27 +154,6 @@ def hash_uniform(position: Tensor, lane: Tensor, seed: int) -> Tensor:
 def _shift_right(z: Tensor, bits: int) -> Tensor:
     """Logical shift of int64 bit patterns (>> keeps the sign)."""
     return (z >> bits) & (2 ** (64 - bits) - 1)
-
-
-def order_rank(position: Tensor) -> Tensor:
-    """Rank of every stored pair [B, H, S] by position, newest = 0; empty places come last."""
-    order = position.argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks)
-
-
-def put(target: Tensor, source: Tensor, admission: Admission, inplace: bool) -> Tensor:
-    """Write admitted rows of source [B, H, C, ...] over freed rows of target [B, H, S, ...]."""
-
-    def rows(x: Tensor, index: Tensor) -> Tensor:
-        index = index.view(*index.shape, *[1] * (x.dim() - 3)).expand(-1, -1, -1, *x.shape[3:])
-        return index
-
-    place = rows(target, admission.place)
-    valid = admission.valid.view(*admission.valid.shape, *[1] * (target.dim() - 3))
-    new = source.gather(2, rows(source, admission.candidate)).to(target.dtype)
-    new = torch.where(valid, new, target.gather(2, place))
-    return target.scatter_(2, place, new) if inplace else target.scatter(2, place, new)
 
 
 def z_scores(raw: Tensor, opened: Tensor, moments: Tensor, live: Tensor, grid: Grid):

@@ -55,12 +55,11 @@ def kernels():
         "mlp": memory_chunk(mlp, 2, [(K, HIDDEN), (HIDDEN, K)]),
         "delta": memory_chunk(DeltaMemory(), 1, [(K, K)]),
         "softmax_read": (
-            lambda q, k, v, sink, bias: softmax_read(
-                q, k, [v[:, :, :7], v[:, :, 7:]], sink, 3, bias
+            lambda logits, v, sink, bias: softmax_read(
+                logits.clone(), [v[:, :, :7], v[:, :, 7:]], sink, 3, bias
             ),
             lambda: [
-                torch.randn(shape)
-                for shape in ((2, 2, C, K), (2, 2, 12, K), (2, 2, 12, K), (2,), (2, 1, 1, 12))
+                torch.randn(shape) for shape in ((2, 2, C, 12), (2, 2, 12, K), (2,), (2, 1, 1, 12))
             ],
         ),
         "short_convolution": (

@@ -20,12 +20,11 @@ from wakesleep.ttl.store import (
     HORIZON,
     ExactStore,
     StoreConfig,
-    StoreReader,
     candidates,
     hash_uniform,
-    order_rank,
     z_scores,
 )
+from wakesleep.ttl.store_reader import BufferReader, PieceReader, order_rank
 
 VOCAB, B, H, K, W, C = 43, 2, 2, 8, 8, 4
 
@@ -141,18 +140,21 @@ def test_by_mass_the_store_evicts_what_was_read_least(monkeypatch):
                         assert found.item() == pytest.approx(mass[b, h, position].item(), rel=1e-4)
 
 
-def reader_of(store: StoreState, config: StoreConfig, form: str) -> StoreReader:
-    turns = rotary_table(store.position.shape[-1], 2, ROTARY_BASE, store.k)
-    return StoreReader(config, store, turns, None, 3 if form == "fast" else None)
+FORMS = {
+    BufferReader: lambda *args: BufferReader(*args, 1),
+    PieceReader: PieceReader,
+}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["reference", "fast", "quota"])
+@pytest.mark.parametrize("quota", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [3, 17, 40])
-def test_what_has_no_score_never_enters(form, size):
-    config = StoreConfig(capacity=size, score="recency", quota=form == "quota")
+def test_what_has_no_score_never_enters(form, size, quota):
+    config = StoreConfig(capacity=size, score="recency", quota=quota)
     state = ExactStore(config, 12, H, K).init_state(B, size, torch.zeros(0))
-    reader, allowed = reader_of(state, config, form), [set(), set()]
+    turns = rotary_table(size, 2, ROTARY_BASE, state.k)
+    reader, allowed = FORMS[form](quota, state, turns, None), [set(), set()]
     for n in range(12):
         position = (n * C + torch.arange(C)).expand(B, C)
         enters = torch.rand(B, C) < 0.4
@@ -165,12 +167,11 @@ def test_what_has_no_score_never_enters(form, size):
             for h in range(H):
                 held = kept(reader.state, b, h)
                 assert held <= allowed[b] and len(held) == min(size, len(allowed[b]))
-                assert int(reader.count[b]) == len(held)
+                assert int(reader.count[b]) == len(held) == int((~reader.empty[b, h]).sum())
         score, there = reader.state.score, reader.state.position >= 0
         assert torch.equal(score > -torch.inf, there)
-        assert not there[:, :, reader.used :].any()
-        assert torch.equal(reader.empty, ~there[:, :, : reader.used])
-        assert reader.full == bool(there[:, :, : reader.used].all())
+        assert reader.full == (not reader.empty.any())
+        assert reader.used == reader.empty.shape[-1] == sum(v.shape[2] for v in reader.values)
     assert max(map(len, allowed)) > 12
 
 
@@ -191,11 +192,11 @@ def test_tokens_that_were_not_finite_never_enter(score):
             assert len(held) == 9 and not held & set(bad[b].nonzero().flatten().tolist())
 
 
-def test_an_entry_that_grows_old_turns_and_does_nothing_else():
+@pytest.mark.parametrize("form", FORMS)
+def test_an_entry_that_grows_old_turns_and_does_nothing_else(form):
     """From rank 0 to rank 4,095: all that changes is the angle of the rotary dimensions."""
     size, R = 4096, 2
     turns = rotary_table(W + C + size, R, ROTARY_BASE, torch.zeros(0).double())
-    config = StoreConfig(capacity=size)
     pair = torch.randn(1, 1, size, K, dtype=torch.float64)
     number, position = torch.zeros(1, 1, size), torch.randperm(size).view(1, 1, size)
     span = torch.zeros(1, 1, size, SPAN, dtype=torch.int32)
@@ -206,12 +207,13 @@ def test_an_entry_that_grows_old_turns_and_does_nothing_else():
         store = StoreState(pair, pair, number, number, others, span, number[..., :3])
         far = turns[W + C :]
         assert len(far) == size  # no distance beyond W + C + S - 1 exists
-        key = StoreReader(config, store, far, None, None).stored[0, 0, entry]
-        assert torch.equal(key[2 * R :], pair[0, 0, entry, R:])  # content, to the last bit
+        reader = FORMS[form](False, store, far, None)
         turned = torch.cat([rotate(q[:R], turns[W + C + rank]), q[R:]]) @ pair[0, 0, entry]
-        for place in range(W, W + C):  # wherever the query stands in its chunk
-            read = widen_query(q, turns[place]) @ key
-            assert read.item() == pytest.approx(turned.item(), abs=1e-12)
+        places = range(W, W + C)  # wherever the query stands in its chunk
+        queries = torch.stack([widen_query(q, turns[place]) for place in places])
+        read = reader.logits(queries[None, None], [pair.new_zeros(1, 1, 1, R + K)])
+        assert read[0, 0, :, 1 + entry].tolist() == pytest.approx([turned.item()] * C, abs=1e-12)
+        assert torch.equal(reader.values[0], pair)  # content, to the last bit
 
 
 def test_ranks_count_from_the_newest_and_empty_places_come_last():

@@ -1,0 +1,220 @@
+"""The store during one call: what its queries read, and who enters at the boundaries.
+
+Two forms with the same results, place by place; the state that they were made from never changes.
+`BufferReader` is for reading without gradients: it overwrites places and keeps the keys of a
+query's whole view (window, then store) in one buffer. `PieceReader` is for gradients: it moves no
+pair at all. The store as it was, and each chunk that left the window since, stay where they are;
+what changes at a boundary are numbers, namely which pair is in which place.
+
+Shapes: B lanes, H heads, S places, C chunk, K head width, R rotary dimensions, L places that are
+read (for `PieceReader`: pairs that were in the store at any time of the call).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wakesleep.kernels.admission import Admission, admit_fast, admit_reference, bin_span
+from wakesleep.kernels.rotary import rotate
+from wakesleep.kernels.softmax_read import widen_stored_key
+from wakesleep.ttl.state import StoreState
+
+
+class BufferReader:
+    """Without gradients: places are overwritten, in tensors of its own."""
+
+    def __init__(
+        self, quota: bool, state: StoreState, turns: Tensor, rank_table: Tensor | None, head: int
+    ) -> None:
+        """A reader of `state`.
+
+        Args:
+            turns: [at least S, 2, R // 2] rotation of each distance, rank 0 first.
+            rank_table: [B, S] int64 distance of each rank, None = the rank itself.
+            head: number of keys in front of the store's.
+        """
+        self.quota, self.state, self.turns, self.rank_table = quota, state, turns, rank_table
+        self.owned = False
+        B, H, S, K = state.k.shape
+        self.head = head
+        self.buffer = state.k.new_empty(B, H, head + S, K + 2 * turns.shape[-1])
+        self._refresh()
+
+    def logits(self, q: Tensor, window: list[Tensor]) -> Tensor:
+        """Products of q [B, H, C, R + K] with the `window` keys, then the store's: [B, H, C, .]."""
+        torch.cat(window, 2, out=self.buffer[:, :, : self.head])
+        keys = self.buffer[:, :, : self.head + self.used]
+        return torch.matmul(q, keys.transpose(2, 3))
+
+    @property
+    def values(self) -> list[Tensor]:
+        """What is read, in pieces [B, H, L_i, K] of the L places."""
+        return [self.state.v[:, :, : self.used]]
+
+    @property
+    def empty(self) -> Tensor:
+        """[B, H, L] bool: places that hold nothing (other lanes are fuller)."""
+        return self.state.position[:, :, : self.used] < 0
+
+    def admit(self, new: StoreState, end: Tensor, chunk: int) -> None:
+        """Let the candidates `new` (places = the chunk that leaves; -inf = must not enter) compete.
+
+        end: [B] int64 tokens read at this boundary.
+        """
+        old = self.state
+        if self.quota:
+            span = bin_span(end, chunk)
+            chosen = admit_reference(old.score, old.position, new.score, new.position, span)
+        else:
+            if not bool((new.score.amax(-1) > old.score.amin(-1)).any()):
+                return
+            chosen = admit_fast(old.score, self.rank, new.score)
+        fields = old._asdict()
+        for name in ("k", "v", "score", "mass", "position", "span"):
+            target = fields[name] if self.owned else fields[name].clone()
+            fields[name] = put(target, getattr(new, name), chosen, inplace=True)
+        self.owned = True
+        self.state = StoreState(**fields)
+        self._refresh()
+
+    def add_mass(self, mass: Tensor, into_score: bool) -> None:
+        """Count attention mass [B, H, L] that was read from the stored pairs."""
+        mass = nn.functional.pad(mass, (0, self.state.score.shape[-1] - mass.shape[-1]))
+        score = self.state.score + mass if into_score else self.state.score
+        self.state = self.state._replace(mass=self.state.mass + mass, score=score)
+
+    def _refresh(self) -> None:
+        """Recompute what follows from the positions: order, fill, and the rotated keys."""
+        position = self.state.position
+        self.rank = order_rank(position)
+        self.count = (position[:, 0] >= 0).sum(-1)  # [B]; heads fill alike
+        self.used = int(self.count.max())
+        self.full = bool((self.count == self.used).all())
+        turn = self.turns[distances(self.rank[..., : self.used], self.rank_table)]
+        stored = widen_stored_key(self.state.k[:, :, : self.used], turn)
+        self.buffer[:, :, self.head : self.head + self.used] = stored
+
+
+class PieceReader:
+    """With gradients: pairs stay where they are, places hold their numbers."""
+
+    def __init__(
+        self, quota: bool, state: StoreState, turns: Tensor, rank_table: Tensor | None
+    ) -> None:
+        """A reader of `state`; see `BufferReader`."""
+        self.quota, self.turns, self.rank_table = quota, turns, rank_table
+        self.score, self.mass, self.position = state.score, state.mass, state.position
+        self.number = torch.arange(state.k.shape[2], device=state.k.device)
+        self.number = self.number.expand(state.position.shape)  # [B, H, S] pair of each place
+        self.pieces = [state]  # their pairs are numbered through
+        self.first = int((state.position[:, 0] >= 0).sum(-1).max())  # places taken at the start
+        self.read = [self._readable(state.k[:, :, : self.first], state.v[:, :, : self.first])]
+        self._refresh()
+
+    def logits(self, q: Tensor, window: list[Tensor]) -> Tensor:
+        """Products of q [B, H, C, R + K] with the `window` keys, then the store's: [B, H, C, .]."""
+        parts = [torch.matmul(q, torch.cat(window, 2).transpose(2, 3))]
+        R = 2 * self.turns.shape[-1]
+        turning, content = q[..., R:].split([R, q.shape[-1] - 2 * R], -1)
+        sizes = [k.shape[2] for k, _, _ in self.read]
+        for (r, c, _), distance in zip(self.read, self.distance.split(sizes, -1), strict=True):
+            turned = rotate(r, self.turns[distance], backwards=True)
+            product = torch.matmul(turning, turned.transpose(2, 3))
+            parts.append(product + torch.matmul(content, c.transpose(2, 3)))
+        return torch.cat(parts, -1)
+
+    @property
+    def values(self) -> list[Tensor]:
+        """What is read, in pieces [B, H, L_i, K] of the L pairs."""
+        return [v for _, _, v in self.read]
+
+    @property
+    def state(self) -> StoreState:
+        """The store as it is now."""
+        old = self.pieces[0]._replace(score=self.score, mass=self.mass, position=self.position)
+        if len(self.pieces) == 1:
+            return old
+        fields = {}
+        for name in ("k", "v", "span"):
+            pairs = torch.cat([getattr(piece, name) for piece in self.pieces], 2)
+            fields[name] = pairs.gather(2, _rows(self.number, pairs))
+        return old._replace(**fields)
+
+    def admit(self, new: StoreState, end: Tensor, chunk: int) -> None:
+        """Let candidates compete; see `BufferReader`."""
+        span = bin_span(end, chunk) if self.quota else None
+        chosen = admit_reference(self.score, self.position, new.score, new.position, span)
+        if not bool(chosen.valid.any()):
+            return
+        before = sum(piece.k.shape[2] for piece in self.pieces)
+        number = before + torch.arange(new.k.shape[2], device=new.k.device)
+        self.score = put(self.score, new.score, chosen)
+        self.mass = put(self.mass, new.mass, chosen)
+        self.position = put(self.position, new.position, chosen)
+        self.number = put(self.number, number.expand(new.position.shape), chosen)
+        like = self.pieces[0]
+        new = new._replace(k=new.k.to(like.k.dtype), v=new.v.to(like.v.dtype))
+        self.pieces.append(new)
+        self.read.append(self._readable(new.k, new.v))
+        self._refresh()
+
+    def add_mass(self, mass: Tensor, into_score: bool) -> None:
+        """Count attention mass [B, H, L] that was read from the stored pairs."""
+        unread = mass.new_zeros(*mass.shape[:2], self.score.shape[-1] - self.first)
+        mass = torch.cat([mass[..., : self.first], unread, mass[..., self.first :]], -1)
+        mass = mass.gather(-1, self.number)
+        self.mass = self.mass + mass
+        self.score = self.score + mass if into_score else self.score
+
+    def _readable(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotary part and content of the keys, and the values, in the dtype of their products."""
+        dtype, device = v.dtype, v.device.type
+        if torch.is_autocast_enabled(device):  # once, and not for every chunk that reads them
+            dtype = torch.get_autocast_dtype(device)
+        R = 2 * self.turns.shape[-1]
+        return k[..., :R], k[..., R:].to(dtype), v.to(dtype)
+
+    def _refresh(self) -> None:
+        """Recompute what follows from the positions: fill, and who is read from how far."""
+        places = self.position.shape[-1]
+        shape = (*self.position.shape[:2], sum(piece.k.shape[2] for piece in self.pieces))
+        distance = distances(order_rank(self.position), self.rank_table)
+        distance = distance.new_zeros(shape).scatter(-1, self.number, distance)
+        empty = torch.ones(shape, dtype=torch.bool, device=distance.device)
+        empty = empty.scatter(-1, self.number, self.position < 0)
+        self.distance, self.empty = (
+            torch.cat([x[..., : self.first], x[..., places:]], -1) for x in (distance, empty)
+        )
+        self.count = (self.position[:, 0] >= 0).sum(-1)  # [B]; heads fill alike
+        self.used = self.empty.shape[-1]
+        self.full = not bool(self.empty.any())
+
+
+def order_rank(position: Tensor) -> Tensor:
+    """Rank of every stored pair [B, H, S] by position, newest = 0; empty places come last."""
+    order = position.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def distances(rank: Tensor, rank_table: Tensor | None) -> Tensor:
+    """Distances behind the window of ranks [B, H, L]; see `BufferReader` for the table."""
+    if rank_table is None:
+        return rank
+    return rank_table[:, None].expand(-1, rank.shape[1], -1).gather(-1, rank)
+
+
+def put(target: Tensor, source: Tensor, admission: Admission, inplace: bool = False) -> Tensor:
+    """Write admitted rows of source [B, H, C, ...] over freed rows of target [B, H, S, ...]."""
+    place = _rows(admission.place, target)
+    valid = admission.valid.view(*admission.valid.shape, *[1] * (target.dim() - 3))
+    new = source.gather(2, _rows(admission.candidate, source)).to(target.dtype)
+    new = torch.where(valid, new, target.gather(2, place))
+    return target.scatter_(2, place, new) if inplace else target.scatter(2, place, new)
+
+
+def _rows(index: Tensor, x: Tensor) -> Tensor:
+    """An index [B, H, N] of places, as one of whole rows of x [B, H, S, ...]."""
+    index = index.view(*index.shape, *[1] * (x.dim() - 3))
+    return index.expand(-1, -1, -1, *x.shape[3:])
