@@ -1,6 +1,7 @@
 """Segments on an absolute grid, every token scored, totals that go on, memory that is flat."""
 
 import gc
+import itertools
 import json
 import math
 import random
@@ -195,7 +196,7 @@ def test_memory_does_not_grow_with_the_stream(tmp_path, language_model, monkeypa
 
     class Watch:
         def metrics(self, line):
-            if line["tokens"] in (4096, 14336):
+            if line["tokens"] in (4096, 9216, 14336):
                 gc.collect()
                 tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
                 seen.append((sys.getallocatedblocks(), tensors))
@@ -206,8 +207,10 @@ def test_memory_does_not_grow_with_the_stream(tmp_path, language_model, monkeypa
     options = {"segment_len": 512, "save_every": 2048, "threads": 1}
     with Session.open(tmp_path / "s", language_model, **options) as session:
         session.read(tmp_path / "long.npy", watch=Watch())
-    (early, tensors_early), (late, tensors_late) = seen
-    assert late - early < 200 and tensors_late == tensors_early
+    objects, tensors = zip(*seen, strict=True)
+    growth = [after - before for before, after in itertools.pairwise(objects)]
+    # what grows does so in both halves; caches of Python itself may fill in one of them
+    assert len(growth) == 2 and min(growth) < 100 and len(set(tensors)) == 1
 
 
 def test_the_peak_is_that_of_this_process_not_of_its_parent(tmp_path):
