@@ -44,7 +44,7 @@ class MixtureConfig:
     corpus: str = ""  # .npy of scripts/build_corpus.py: noise and language
     validation_corpus: str = ""
     hard: str | None = None  # .npy of scripts/mine_negatives.py: places that look like facts
-    hard_share: float = 0.5  # of sequences whose text is made of such places, if there are any
+    hard_share: float = 0.5  # of sequences with facts whose text is made of such places
     tokenizer: str | None = None  # tokenizer.json; none: the one that is shipped
     stage_tokens: tuple[float, ...] = ()  # tokens read when stage 2, 3, ... begins
     pairs: tuple[float, ...] = (
@@ -116,10 +116,10 @@ class Mixture:
 
         Returns:
             tokens [B, T] int64; weight [B, T] float32 of predicting each token from those before
-            it; fact [B, T] bool, the values that still count inside their statements; and of each
-            answer int64 [N]: answer_lane, answer_start, answer_stop (the columns of its tokens),
-            answer_age (tokens since the value was said; -1: nothing was) and answer_kind (index
-            into `kinds`).
+            it; value [B, T] bool, the values inside their statements; fact [B, T] bool, those of
+            them that still count; and of each answer int64 [N]: answer_lane, answer_start,
+            answer_stop (the columns of its tokens), answer_age (tokens since the value was said;
+            -1: nothing was) and answer_kind (index into `kinds`).
         """
         read = math.inf if self.split == "validation" else step * lanes * self.sequence_len
         stage = bisect_right(self.config.stage_tokens, read)
@@ -131,6 +131,7 @@ class Mixture:
             "tokens": np.stack([row.tokens for row in rows]),
             "weight": np.stack([row.weight for row in rows]),
             "fact": np.stack([row.fact for row in rows]),
+            "value": np.stack([row.value for row in rows]),
             **dict(zip(names, columns, strict=True)),
         }
 
@@ -152,12 +153,12 @@ class Mixture:
                 write_recall(page, maker, facts.changed_share)
             case "stories":
                 write_story(page, maker.words)
-        return page.finish(self._text(draw))
+        return page.finish(self._text(draw, hard=sort != "language"))
 
-    def _text(self, draw: random.Random) -> np.ndarray:
+    def _text(self, draw: random.Random, *, hard: bool) -> np.ndarray:
         """[T] ids: one passage, or excerpts around places that are easily taken for facts."""
         length, last = self.sequence_len, len(self.corpus) - self.sequence_len
-        if self.hard is None or draw.random() >= self.config.hard_share:
+        if not hard or self.hard is None or draw.random() >= self.config.hard_share:
             start = draw.randrange(last)
             return self.corpus[start : start + length]
         places = [int(self.hard[draw.randrange(len(self.hard))]) for _ in range(0, length, EXCERPT)]

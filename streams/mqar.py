@@ -78,6 +78,7 @@ class MQAR:
             "tokens": tokens,
             "weight": weight,
             "fact": fact,
+            "value": fact,
             "answer_lane": np.repeat(np.arange(lanes), Q),
             "answer_start": start,
             "answer_stop": start + 1,

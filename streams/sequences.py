@@ -46,6 +46,7 @@ class Sequence(NamedTuple):
     tokens: np.ndarray  # [T] int64
     weight: np.ndarray  # [T] float32, of predicting this token from those before it
     fact: np.ndarray  # [T] bool: a value that is still valid, inside its statement
+    value: np.ndarray  # [T] bool: any value inside its statement
     answers: list[Answer]
 
 
@@ -153,7 +154,7 @@ class Page:
         config = self.config
         tokens = np.zeros(self.length, np.int64)
         weight = np.full(self.length, config.language_weight, np.float32)
-        fact = np.zeros(self.length, bool)
+        fact, said = np.zeros((2, self.length), bool)
         free = np.ones(self.length, bool)
         answers = []
         places = self._places()
@@ -163,7 +164,7 @@ class Page:
             tokens[span], free[span], weight[span] = piece.ids, False, config.prompt_weight
             weight[place] = 0.0  # nothing in the text says that a piece begins here
             if piece.kind is None:
-                fact[value] = piece.valid
+                fact[value], said[value] = piece.valid, True
                 continue
             weight[value] = config.answer_weight
             age = -1
@@ -172,7 +173,7 @@ class Page:
             kind = ANSWER_KINDS.index(UNKNOWN if piece.source is None else piece.kind)
             answers.append(Answer(value.start, value.stop, age, kind))
         tokens[free] = text[: int(free.sum())]
-        return Sequence(tokens, weight, fact, sorted(answers))
+        return Sequence(tokens, weight, fact, said, sorted(answers))
 
     def _add(self, piece: Piece) -> int:
         self.pieces.append(piece)

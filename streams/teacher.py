@@ -19,6 +19,7 @@ from wakesleep.ttl.state import StoreState, StreamState
 def admission_loss(
     state: StreamState,
     judged: Callable[[Tensor], Tensor],
+    spared: Callable[[Tensor], Tensor],
     *,
     threshold: float,
     positive_weight: float,
@@ -31,6 +32,9 @@ def admission_loss(
 
     Args:
         judged: says of stored positions [B, H, S] which pairs an answer could have read.
+        spared: says of them which are no example of what nobody needs, even if nobody read them:
+            facts that were asked for too early or not at all look like all other facts, and taken
+            for noise they would bring every fact's score down to that of text which resembles one.
         threshold: mass from which a pair counts as needed; what is booked as mass has the same
             floor, so that it takes one answer that read the pair, not many that glanced at it.
         positive_weight: weight of needed pairs.
@@ -42,10 +46,11 @@ def admission_loss(
     """
     losses, rankings = [], []
     for store in stores(state):
+        needed = _by_any_head(store.mass.detach() > threshold, store.position)
         seen = judged(store.position) & (store.position >= 0)
+        seen = seen & (needed | ~spared(store.position))
         if not bool(seen.any()):
             continue
-        needed = _by_any_head(store.mass.detach() > threshold, store.position)
         score = torch.where(seen, store.score, 0.0)  # the empty places hold -inf
         weight = torch.where(needed, positive_weight, 1.0) * seen
         loss = F.binary_cross_entropy_with_logits(score, needed.float(), weight, reduction="sum")
@@ -73,24 +78,35 @@ def fact_ranking(
 
     Returns:
         `noise_above_facts` if the store kept everything: the share of other pairs that score above
-        the median fact, in the head that tells them apart best. Else `facts_kept`: the share of
-        facts that some head still stores. Empty when no fact has left the window.
+        the median fact, in the head that tells them apart worst. Else `facts_kept`: the share of
+        facts that are still stored, mean over heads. Empty when no fact has left the window.
     """
     gone = fact & (position <= until[:, None])
     if not bool(gone.any()):
         return {}
-    kept, above = torch.zeros_like(gone), []
+    kept, above = [], []
     for store in stores(state):
-        stored = store.position.flatten(1)  # [B, H S]
-        column = torch.searchsorted(position, stored).clamp(max=position.shape[1] - 1)
-        mine = position.gather(1, column) == stored
-        facts = mine & fact.gather(1, column)
-        kept |= kept.long().scatter_add(1, column, facts.long()) > 0
-        shape = store.score.shape
-        above.append(_above(store.score, facts.view(shape), (mine & ~facts).view(shape)))
-    if keep_all and above:
-        return {"noise_above_facts": float(torch.cat(above).nan_to_num(1.0).min())}
-    return {"facts_kept": int((kept & gone).sum()) / int(gone.sum())}
+        facts, others = (marked(store.position, position, mask) for mask in (fact, ~fact))
+        above.append(_above(store.score, facts, others))
+        still = marked(store.position, position, gone)
+        kept.append(int(still.sum()) / (still.shape[1] * int(gone.sum())))
+    if not kept:
+        return {}
+    if keep_all:
+        return {"noise_above_facts": float(torch.cat(above).nan_to_num(1.0).max())}
+    return {"facts_kept": sum(kept) / len(kept)}
+
+
+def marked(stored: Tensor, position: Tensor, mark: Tensor) -> Tensor:
+    """Which stored positions [B, H, S] are among `position` where `mark` is set: bool, same shape.
+
+    Args:
+        position: [B, T] int64, increasing in each lane.
+        mark: [B, T] bool.
+    """
+    flat = stored.flatten(1)
+    column = torch.searchsorted(position, flat).clamp(max=position.shape[1] - 1)
+    return ((position.gather(1, column) == flat) & mark.gather(1, column)).view_as(stored)
 
 
 def stores(state: StreamState) -> list[StoreState]:

@@ -21,7 +21,7 @@ from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.rng import rng_states, set_rng_states
-from wakesleep.streams.teacher import admission_loss, fact_ranking
+from wakesleep.streams.teacher import admission_loss, fact_ranking, marked
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, StreamDataModule, answer_kinds, open_source
@@ -187,9 +187,13 @@ class StreamModule(lightning.LightningModule):
         def judged(position: Tensor) -> Tensor:
             return own(position, read.foreign) & (position <= until[:, None, None])
 
+        def spared(position: Tensor) -> Tensor:
+            return marked(position, read.position, batch.value)
+
         loss, metrics = admission_loss(
             read.state,
             judged,
+            spared,
             threshold=admission.threshold,
             positive_weight=admission.positive_weight,
         )

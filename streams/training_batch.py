@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     asked: Tensor  # [B, T] float32, 1 where an answer token is predicted
     recalled: Tensor  # [B, T] float32, 1 where that answer was said before
     fact: Tensor  # [B, T] bool: a token that the store should keep, for the metrics
+    value: Tensor  # [B, T] bool: these, and values that no longer count or nobody asks for
     lengths: Tensor  # [B, K] int64 tokens of each segment
     reset: Tensor  # [B, K] bool: a document starts with this segment
     answers: Answers

@@ -29,7 +29,7 @@ class AdmissionConfig:
     positive_weight: float = 20.0  # of needed tokens in the binary cross-entropy
     distractor_share: float = 0.0  # of steps that start with pairs of other documents in the store
     full_share: float = 0.0  # of those with selection: only the loudest of a lane find a place
-    room: tuple[float, float] = (1.5, 8.0)  # left then, in tokens per token of the lane's facts
+    room: tuple[float, float] = (1.5, 4.0)  # left then, in tokens per token of the lane's facts
     distractor_pool: int = 2048  # pairs per layer and head that wait to be distractors
     rank_max: int = 0  # stored distances are spread over this many; 0 = not spread
 

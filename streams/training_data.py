@@ -56,6 +56,7 @@ class Tasks:
             asked=_inside(answers, B, T),
             recalled=_inside(Answers(*(part[answers.age >= 0] for part in answers)), B, T),
             fact=rows["fact"],
+            value=rows["value"],
             lengths=torch.full((B, self.segments), T // self.segments),
             reset=reset,
             answers=answers,

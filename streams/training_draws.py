@@ -52,7 +52,8 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
             room = facts * np.exp(rng.uniform(*np.log(admission.room), step.lanes))
             levels = np.clip(places - room.astype(np.int64), 0, waiting)
         else:
-            levels += rng.integers(1, min(waiting, waiting if keep_all else places) + 1)
+            most = waiting if keep_all else min(waiting, places)
+            levels += rng.integers(1, most + 1)
     orders, jumps = _distractors(rng, config, levels, waiting)
     capacity = step.sequence_len + int(levels.max()) if keep_all else drawn
     ranks = None

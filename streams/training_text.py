@@ -62,6 +62,7 @@ class TextLanes:
             asked=torch.zeros(B, K * S),
             recalled=torch.zeros(B, K * S),
             fact=torch.zeros(B, K * S, dtype=torch.bool),
+            value=torch.zeros(B, K * S, dtype=torch.bool),
             lengths=torch.from_numpy(lengths),
             reset=torch.from_numpy(reset),
             answers=Answers(*(nothing,) * 5),

@@ -44,11 +44,16 @@ def model(make_model):
     return model
 
 
+def stored_blocks(model):
+    return [block for block in model.blocks if block.attention.store is not None]
+
+
 def test_the_places_that_are_found_are_those_of_the_highest_scores(script, model, corpus):
     mine = script("mine_negatives").mine
     share, places = mine(model, corpus, tokens=6_000, lanes=LANES, per_head=12)
     assert places.tolist() == list(range(250, 6_000, 500))
-    assert ((share > 0) & (share < 1)).all()
+    assert ((share > 0) & (share < 1)).all() and (share[1] >= share[0]).all()
+    assert not any(block.attention.store.head._forward_hooks for block in stored_blocks(model))
 
 
 def test_places_of_one_head_are_apart(script):

@@ -7,6 +7,7 @@ of an entity with the families' wordings as patterns, and takes the latest.
 import json
 import random
 import re
+from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -188,6 +189,17 @@ def test_facts_are_the_values_that_still_count(folder, sort):
         for i in inside:
             expected[i - ages[i]] = True
         assert (row.fact == expected).all()
+        assert row.value[row.fact].all()
+
+
+def test_values_that_changed_are_values_and_no_facts(folder):
+    data = mixture(folder)
+    page = Page(data.tokenizer, random.Random(0), 64, RecallConfig())
+    page.say(0, "Ann Reed lives in Paris.", "Paris", valid=False)
+    page.say(30, "Ann Reed has moved to Rome.", "Rome")
+    row = page.finish(data.corpus)
+    assert text_of(data, row.tokens[row.value]) == " Paris Rome"
+    assert text_of(data, row.tokens[row.fact]) == " Rome"
 
 
 def test_a_value_is_found_behind_an_entity_of_the_same_name(folder):
@@ -320,24 +332,28 @@ def test_what_cannot_be_mixed_is_refused(folder, tmp_path):
         RecallConfig(facts_min=25)
 
 
-def test_hard_places_are_in_the_text_and_only_in_training(folder, tmp_path):
+def test_hard_places_are_around_facts_and_only_in_training(folder, tmp_path):
     corpus = np.full(20_000, FILLER, np.uint16)
     places = np.arange(1_000, 19_000, 500)
     corpus[places] = FILLER + 1
     np.save(tmp_path / "train.npy", corpus)
     (tmp_path / "train.json").write_text((folder / "train.json").read_text())
     np.save(tmp_path / "hard.npy", places)
-    shares = {sort: (float(sort == "language"),) for sort in SORTS}
     config = MixtureConfig(
         corpus=str(tmp_path / "train.npy"),
         validation_corpus=str(tmp_path / "train.npy"),
         hard=str(tmp_path / "hard.npy"),
-        **shares,
+        facts=RecallConfig(facts_max=2),
     )
-    marks = [(row.tokens == FILLER + 1).sum() for row in sequences(Mixture(config, LENGTH, 0))]
-    assert 0.3 < np.mean(np.array(marks) >= 8) < 0.7  # 8 excerpts of 128, or a passage with 2
-    unseen = Mixture(config, LENGTH, 0, validation=True)
-    assert max((row.tokens == FILLER + 1).sum() for row in sequences(unseen)) <= 3
+
+    def marks(sort, validation=False):
+        shares = {name: (float(name == sort),) for name in SORTS}
+        data = Mixture(replace(config, **shares), LENGTH, 0, validation=validation)
+        return np.array([(row.tokens == FILLER + 1).sum() for row in sequences(data)])
+
+    # 6 to 8 excerpts of 128 tokens, or a passage with 2 places in it
+    assert 0.3 < np.mean(marks("recall") >= 6) < 0.7
+    assert marks("recall", validation=True).max() <= 3 and marks("language").max() <= 3
     np.save(tmp_path / "hard.npy", np.array([20_000]))
     with pytest.raises(ValueError, match="not those of corpus"):
         Mixture(config, LENGTH, 0)

@@ -110,6 +110,7 @@ def test_answers_about_nothing_recall_nothing():
                 "tokens": np.zeros((1, 8), np.int64),
                 "weight": np.ones((1, 8), np.float32),
                 "fact": np.zeros((1, 8), bool),
+                "value": np.zeros((1, 8), bool),
                 "answer_kind": np.zeros(2, np.int64),
                 **{f"answer_{name}": np.array(values) for name, values in answers.items()},
             }

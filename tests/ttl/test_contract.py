@@ -183,7 +183,7 @@ def test_call_changes_nothing_in_the_state_it_was_given(config):
 
 def test_fast_form_equals_the_reference(config):
     model, x = build(config), draw(11)
-    slow, slow_state, _ = model(x, model.init_state(B))  # with gradients: the reference
+    slow, slow_state, _ = model(x, model.init_state(B))  # with gradients: other forms
     with torch.no_grad():
         fast, fast_state, _ = model(x, model.init_state(B))
     assert (slow - fast).abs().max() < 1e-10
