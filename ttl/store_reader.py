@@ -3,8 +3,9 @@
 Two forms with the same results, place by place; the state that they were made from never changes.
 `BufferReader` is for reading without gradients: it overwrites places and keeps the keys of a
 query's whole view (window, then store) in one buffer. `PieceReader` is for gradients: it moves no
-pair at all. The store as it was, and each chunk that left the window since, stay where they are;
-what changes at a boundary are numbers, namely which pair is in which place.
+pair until as many were dropped as the store has places. The store as it was, and each chunk that
+left the window since, stay where they are; what changes at a boundary are numbers, namely which
+pair is in which place.
 
 Shapes: B lanes, H heads, S places, C chunk, K head width, R rotary dimensions, L places that are
 read (for `PieceReader`: pairs that were in the store at any time of the call).
@@ -105,11 +106,7 @@ class PieceReader:
         """A reader of `state`; see `BufferReader`."""
         self.quota, self.turns, self.rank_table = quota, turns, rank_table
         self.score, self.mass, self.position = state.score, state.mass, state.position
-        self.number = torch.arange(state.k.shape[2], device=state.k.device)
-        self.number = self.number.expand(state.position.shape)  # [B, H, S] pair of each place
-        self.pieces = [state]  # their pairs are numbered through
-        self.first = int((state.position[:, 0] >= 0).sum(-1).max())  # places taken at the start
-        self.read = [self._readable(state.k[:, :, : self.first], state.v[:, :, : self.first])]
+        self._begin_with(state)
         self._refresh()
 
     def logits(self, q: Tensor, window: list[Tensor]) -> Tensor:
@@ -147,6 +144,8 @@ class PieceReader:
         chosen = admit_reference(self.score, self.position, new.score, new.position, span)
         if not bool(chosen.valid.any()):
             return
+        if self.used > 2 * self.number.shape[-1]:  # or what was dropped long ago would be read on
+            self._begin_with(self.state)
         before = sum(piece.k.shape[2] for piece in self.pieces)
         number = before + torch.arange(new.k.shape[2], device=new.k.device)
         self.score = put(self.score, new.score, chosen)
@@ -166,6 +165,15 @@ class PieceReader:
         mass = mass.gather(-1, self.number)
         self.mass = self.mass + mass
         self.score = self.score + mass if into_score else self.score
+
+    def _begin_with(self, state: StoreState) -> None:
+        """Take the pairs of a state as the first and only piece."""
+        S = state.k.shape[2]
+        number = torch.arange(S, device=state.k.device)
+        self.number = number.expand(state.position.shape)  # [B, H, S] pair of each place
+        self.pieces = [state]  # their pairs are numbered through
+        self.first = int((state.position[:, 0] >= 0).sum(-1).max())  # places taken
+        self.read = [self._readable(state.k[:, :, : self.first], state.v[:, :, : self.first])]
 
     def _readable(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotary part and content of the keys, and the values, in the dtype of their products."""

@@ -93,8 +93,8 @@ def twin(attention, x, context=None):
     return torch.stack(out).view(len(x), H * K)
 
 
-@torch.no_grad()
-def test_values_equal_those_of_a_token_by_token_twin(model):
+def read_and_caught(model):
+    """What the attention of the first block was given, [T, D], and the values that it read."""
     x = torch.randint(VOCAB, (1, T), generator=torch.Generator().manual_seed(5))
     seen = []
     attention = model.blocks[0].attention
@@ -105,7 +105,30 @@ def test_values_equal_those_of_a_token_by_token_twin(model):
     model(x, model.init_state(1))
     for hook in hooks:
         hook.remove()
-    assert (twin(attention, seen[0][0]) - seen[1][0]).abs().max() < 1e-12
+    return seen[0], seen[1][0]
+
+
+@torch.no_grad()
+def test_values_equal_those_of_a_token_by_token_twin(model):
+    given, values = read_and_caught(model)
+    assert (twin(model.blocks[0].attention, given[0]) - values).abs().max() < 1e-12
+
+
+def test_values_and_gradients_equal_those_of_the_twin(model):
+    attention = model.blocks[0].attention
+    given, values = read_and_caught(model)
+    expected = twin(attention, given[0])
+    assert (expected - values).abs().max() < 1e-12
+    probe = torch.randn(values.shape, generator=torch.Generator().manual_seed(6)).double()
+    names = ["qkv.weight", "taps", "q_gain", "k_gain", "sink", "size_gain", "persistent"]
+    inputs = [given, *(attention.get_parameter(name) for name in names)]
+    found, wanted = (
+        torch.autograd.grad((y * probe).sum(), inputs, retain_graph=True)
+        for y in (values, expected)
+    )
+    for name, one, other in zip(["x", *names], found, wanted, strict=True):
+        assert other.abs().max() > 1e-3, name
+        assert (one - other).abs().max() < 1e-12 * (1 + other.abs().max()), name
 
 
 @torch.no_grad()

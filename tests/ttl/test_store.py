@@ -172,6 +172,7 @@ def test_what_has_no_score_never_enters(form, size, quota):
         assert torch.equal(score > -torch.inf, there)
         assert reader.full == (not reader.empty.any())
         assert reader.used == reader.empty.shape[-1] == sum(v.shape[2] for v in reader.values)
+        assert reader.used <= 2 * size + C  # dropped pairs are not read for ever
     assert max(map(len, allowed)) > 12
 
 
