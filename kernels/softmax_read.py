@@ -1,13 +1,16 @@
 """One softmax over everything that a query may see: sink, window and store.
 
 Window keys are rotated by their place in the window, stored keys by their rank, so a query needs
-two rotated forms. Both fit one matrix product: with r = the R rotary dimensions and c = the others,
+two rotated forms. Both fit one matrix product: with r = the R rotary dimensions, u = r at length 1
+and c = the others,
 
-    query       [ turn(r)  |    r     | c ]
-    window key  [ turn(r)  |    0     | c ]
-    stored key  [    0     |  turn(r) | c ]
+    query       [ s turn(r) |  u / 2  | s c ]        s = the scale of the query's logits
+    window key  [  turn(r)  |    0    |  c  ]
+    stored key  [     0     | turn(u) |  c  ]
 
-which costs R extra columns and saves a second product and the merge of two softmaxes.
+which costs R extra columns and saves a second product and the merge of two softmaxes. What a rank
+adds to a logit is thus from -1/2 to 1/2, whatever the weights: it says which of two equal pairs is
+the later one, and no pair is lost for being old.
 
 Shapes: B lanes, H heads, C queries of a chunk, L visible places (place 0 is the sink), K head
 width, R rotary dimensions.
@@ -20,11 +23,19 @@ from torch import Tensor
 
 from wakesleep.kernels.rotary import rotate
 
+HALF = 0.5  # nats; from rank 0 to any other a logit changes by twice that at most
+
 
 def widen_query(q: Tensor, turn: Tensor) -> Tensor:
-    """q [..., K] at the positions of turn [..., 2, R // 2]: [..., R + K]."""
-    r = q[..., : 2 * turn.shape[-1]]
-    return torch.cat([rotate(r, turn), q], -1)
+    """q [..., K] at the positions of turn [..., 2, R // 2]: [..., R + K], not yet scaled."""
+    r, c = q.split([2 * turn.shape[-1], q.shape[-1] - 2 * turn.shape[-1]], -1)
+    return torch.cat([rotate(r, turn), unit(r) * HALF, c], -1)
+
+
+def scale_query(q: Tensor, scale: Tensor, rotary: int) -> Tensor:
+    """A widened query [..., R + K] with scale [..., 1] where no bound forbids it."""
+    near, rank, content = q.split([rotary, rotary, q.shape[-1] - 2 * rotary], -1)
+    return torch.cat([near * scale, rank, content * scale], -1)
 
 
 def widen_window_key(k: Tensor, turn: Tensor) -> Tensor:
@@ -36,7 +47,18 @@ def widen_window_key(k: Tensor, turn: Tensor) -> Tensor:
 def widen_stored_key(k: Tensor, turn: Tensor) -> Tensor:
     """k [..., K] read from the distances of turn (a key behind the query turns backwards)."""
     r, c = k.split([2 * turn.shape[-1], k.shape[-1] - 2 * turn.shape[-1]], -1)
-    return torch.cat([torch.zeros_like(r), rotate(r, turn, backwards=True), c], -1)
+    return torch.cat([torch.zeros_like(r), rotate(unit(r), turn, backwards=True), c], -1)
+
+
+def widen_placeless_key(k: Tensor, rotary: int) -> Tensor:
+    """k [..., K] that is read like a stored one, from no distance: [..., R + K]."""
+    r, c = k.split([rotary, k.shape[-1] - rotary], -1)
+    return torch.cat([torch.zeros_like(r), unit(r), c], -1)
+
+
+def unit(r: Tensor) -> Tensor:
+    """r at length 1 (0 stays 0)."""
+    return torch.nn.functional.normalize(r, dim=-1, eps=1e-6)
 
 
 def softmax_read(

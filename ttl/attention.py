@@ -5,7 +5,9 @@ frozen. When a chunk is complete, the oldest chunk of the window leaves it and c
 store's places. So a token is in exactly one place: window, store, or dropped.
 
 No position grows with the stream: window keys are rotated by their slot in the frame of the call,
-and the stored pair of rank r (newest = 0) is always read from the distance W + C + r.
+and the stored pair of rank r (newest = 0) is always read from the distance W + C + r. Behind the
+window the rotary dimensions count at length 1: they tell the later of two equal pairs, but from
+rank 0 to any other a logit changes by less than one nat, so that no pair is lost for being old.
 
 Shapes: B lanes, T tokens, H heads, K head width, W window, C chunk, N chunks, G = N * C slots,
 S places, D model width, R rotary dimensions, L visible places.
@@ -23,7 +25,9 @@ from torch import Tensor, nn
 from wakesleep.kernels.convolution import short_convolution
 from wakesleep.kernels.rotary import rotary_table
 from wakesleep.kernels.softmax_read import (
+    scale_query,
     softmax_read,
+    widen_placeless_key,
     widen_query,
     widen_window_key,
 )
@@ -277,7 +281,7 @@ class WindowAttention(nn.Module):
             seen = seen + reader.count[:, None]
         size = seen.clamp(min=1).to(torch.promote_types(q.dtype, torch.float32)).log()
         scale = 1 + self.size_gain[:, None] * size[:, None].to(q.dtype)
-        q = q * (scale * self.head_dim**-0.5)[..., None]
+        q = scale_query(q, (scale * self.head_dim**-0.5)[..., None], self.rotary_dims)
         if stored:
             logits = reader.logits(q, keys)
         else:
@@ -292,11 +296,11 @@ class WindowAttention(nn.Module):
         keys, values = [k.new_zeros(B, H, 1, k.shape[-1])], [v.new_zeros(B, H, 1, K)]
         if self.persistent is not None:
             always_k, always_v = self.persistent.expand(B, -1, -1, -1, -1).unbind(1)
-            keys.append(nn.functional.pad(always_k, (self.rotary_dims, 0)))
+            keys.append(widen_placeless_key(always_k, self.rotary_dims))
             values.append(always_v)
         if page is not None:
             page_k, page_v = page.kv.permute(2, 0, 3, 1, 4)  # [B, H, P, K]
-            keys.append(nn.functional.pad(page_k, (self.rotary_dims, 0)))
+            keys.append(widen_placeless_key(page_k, self.rotary_dims))
             values.append(page_v)
         return keys, values
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wakesleep.kernels.admission import Admission, admit_fast, admit_reference, bin_span
 from wakesleep.kernels.rotary import rotate
-from wakesleep.kernels.softmax_read import widen_stored_key
+from wakesleep.kernels.softmax_read import unit, widen_stored_key
 from wakesleep.ttl.state import StoreState
 
 
@@ -176,12 +176,12 @@ class PieceReader:
         self.read = [self._readable(state.k[:, :, : self.first], state.v[:, :, : self.first])]
 
     def _readable(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotary part and content of the keys, and the values, in the dtype of their products."""
+        """Rotary part (at length 1) and content of the keys, and values, as they are multiplied."""
         dtype, device = v.dtype, v.device.type
         if torch.is_autocast_enabled(device):  # once, and not for every chunk that reads them
             dtype = torch.get_autocast_dtype(device)
         R = 2 * self.turns.shape[-1]
-        return k[..., :R], k[..., R:].to(dtype), v.to(dtype)
+        return unit(k[..., :R]), k[..., R:].to(dtype), v.to(dtype)
 
     def _refresh(self) -> None:
         """Recompute what follows from the positions: fill, and who is read from how far."""

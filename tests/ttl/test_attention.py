@@ -44,6 +44,14 @@ def model() -> TTLModel:
     return model
 
 
+def far(q, k, turn, scale):
+    """Logit of a key outside the window: what its distance adds is half a nat at most."""
+    R = 2 * turn.shape[-1]
+    turned = rotate(q[:R], turn)
+    cosine = turned @ k[:R] / (turned.norm() * k[:R].norm())
+    return 0.5 * cosine + scale * (q[R:] @ k[R:])
+
+
 def twin(attention, x, context=None):
     """Attention values [T, H * K] of one lane's x [T, D], one query at a time, from lists.
 
@@ -77,17 +85,19 @@ def twin(attention, x, context=None):
             seen = 1 + len(page) + len(window) + len(store[h])
             scale = (1 + attention.size_gain[h] * math.log(seen)) / math.sqrt(K)
             logits, values = [attention.sink[h]], [v.new_zeros(K)]
-            logits.append(scale * q[t, h] @ attention.persistent[0, h, 0])
+            logits.append(far(q[t, h], attention.persistent[0, h, 0], turns[0], scale))
             values.append(attention.persistent[1, h, 0])
             for j in page:
-                logits.append(scale * q[t, h] @ page_k[j, h] + attention.page_bias[h])
+                logit = far(q[t, h], page_k[j, h], turns[0], scale)
+                logits.append(logit + attention.page_bias[h])
                 values.append(page_v[j, h])
             newest_first = sorted(store[h], reverse=True)
-            near = [(p, t - p) for p in window]
-            far = [(p, W + C + r) for r, p in enumerate(newest_first)]
-            for p, distance in near + far:
-                turned = rotate(q[t, h, :R], turns[distance])
+            for p in window:
+                turned = rotate(q[t, h, :R], turns[t - p])
                 logits.append(scale * (turned @ k[p, h, :R] + q[t, h, R:] @ k[p, h, R:]))
+                values.append(v[p, h])
+            for rank, p in enumerate(newest_first):
+                logits.append(far(q[t, h], k[p, h], turns[W + C + rank], scale))
                 values.append(v[p, h])
             out.append(torch.softmax(torch.stack(logits), 0) @ torch.stack(values))
     return torch.stack(out).view(len(x), H * K)

@@ -206,9 +206,12 @@ def by_hand(model, state, tokens):
             pairs.append((k[b, 0, h], v[b, 0, h], 0))
             scale = (1 + attention.size_gain[h] * math.log(len(pairs))) / math.sqrt(K)
             logits = [attention.sink[h]]
-            for key, _, distance in pairs:
-                turned = torch.cat([rotate(q[b, 0, h, :R], turns[distance]), q[b, 0, h, R:]])
-                logits.append(scale * turned @ key)
+            for n, (key, _, distance) in enumerate(pairs):
+                turned = rotate(q[b, 0, h, :R], turns[distance])
+                near = scale * turned @ key[:R]
+                if n < len(kept):
+                    near = turned @ key[:R] / (2 * turned.norm() * key[:R].norm())
+                logits.append(near + scale * q[b, 0, h, R:] @ key[R:])
             share = torch.stack(logits).softmax(0)[1:]
             values.append(sum(p * pair[1] for p, pair in zip(share, pairs, strict=True)))
     return torch.stack(values).view(B, H, K)

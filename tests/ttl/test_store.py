@@ -9,7 +9,7 @@ import torch
 
 from wakesleep.kernels.admission import NUM_BINS, bin_span
 from wakesleep.kernels.rotary import rotary_table, rotate
-from wakesleep.kernels.softmax_read import widen_query
+from wakesleep.kernels.softmax_read import scale_query, widen_query
 from wakesleep.ttl import attention as attention_module
 from wakesleep.ttl.attention import ROTARY_BASE
 from wakesleep.ttl.grid import carry, gather, make_grid, scatter
@@ -194,11 +194,11 @@ def test_tokens_that_were_not_finite_never_enter(score):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_entry_that_grows_old_turns_and_does_nothing_else(form):
-    """From rank 0 to rank 4,095: all that changes is the angle of the rotary dimensions."""
+def test_an_entry_that_grows_old_loses_no_more_than_a_nat(form):
+    """From rank 0 to rank 4,095 the rotary dimensions turn, and their product is bounded."""
     size, R = 4096, 2
     turns = rotary_table(W + C + size, R, ROTARY_BASE, torch.zeros(0).double())
-    pair = torch.randn(1, 1, size, K, dtype=torch.float64)
+    pair = torch.randn(1, 1, size, K, dtype=torch.float64) * 100
     number, position = torch.zeros(1, 1, size), torch.randperm(size).view(1, 1, size)
     span = torch.zeros(1, 1, size, SPAN, dtype=torch.int32)
     q = torch.randn(K, dtype=torch.float64)
@@ -209,11 +209,15 @@ def test_an_entry_that_grows_old_turns_and_does_nothing_else(form):
         far = turns[W + C :]
         assert len(far) == size  # no distance beyond W + C + S - 1 exists
         reader = FORMS[form](False, store, far, None)
-        turned = torch.cat([rotate(q[:R], turns[W + C + rank]), q[R:]]) @ pair[0, 0, entry]
+        key, turned = pair[0, 0, entry], rotate(q[:R], turns[W + C + rank])
+        cosine = turned @ key[:R] / (turned.norm() * key[:R].norm())
+        content = q[R:] @ key[R:]
         places = range(W, W + C)  # wherever the query stands in its chunk
         queries = torch.stack([widen_query(q, turns[place]) for place in places])
+        queries = scale_query(queries, torch.tensor(7.0), R)
         read = reader.logits(queries[None, None], [pair.new_zeros(1, 1, 1, R + K)])
-        assert read[0, 0, :, 1 + entry].tolist() == pytest.approx([turned.item()] * C, abs=1e-12)
+        expected = (cosine / 2 + 7 * content).item()
+        assert read[0, 0, :, 1 + entry].tolist() == pytest.approx([expected] * C, abs=1e-9)
         assert torch.equal(reader.values[0], pair)  # content, to the last bit
 
 
