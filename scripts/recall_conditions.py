@@ -99,9 +99,10 @@ def switched_off(
     """Model and state without some parts; those given are not changed.
 
     A store that is off is gone from the state: an empty one would begin to fill. A memory that is
-    off stays and learns, because the scores of a store may come from it, but its output projection
-    is zero in a copy of the model: the layer adds nothing to what it reads. Fresh fast weights
-    would be something else; they still speak, as the initial weights do.
+    off stays and learns, because the scores of a store may come from it, but in a copy of the model
+    its output projection is zero and its page (MAC) is hidden from the attention: the layer adds
+    nothing to what it reads. Fresh fast weights would be something else; they still speak, as the
+    initial weights do.
     """
     if store:
         blocks = tuple(block._replace(store=None) for block in state.blocks)
@@ -111,6 +112,8 @@ def switched_off(
         for layer in model.blocks:
             if layer.memory is not None:
                 torch.nn.init.zeros_(layer.memory.out.weight)
+                if layer.attention.page_bias is not None:
+                    torch.nn.init.constant_(layer.attention.page_bias, -torch.inf)
         language_model = language_model._replace(model=model)
     return Given(language_model, state)
 

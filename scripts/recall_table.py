@@ -140,6 +140,8 @@ def answers_of(
         "state_sha256": session.manifest.state_sha256,
         "model_sha256": session.language_model.model_sha256,
         "known_threshold": session.language_model.known_threshold,
+        "window": session.language_model.model.window_of(session.runner.state),
+        "capacity": capacity_of(session.runner.state),
     }
     answers = {}
     for condition in conditions:

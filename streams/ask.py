@@ -91,8 +91,8 @@ def reply_to(language_model: LanguageModel, state: StreamState, question: str) -
         logits, state, _ = model(tokens, state, read_weight=one)
         return logits[0, -1].double().nan_to_num().log_softmax(-1), state
 
-    _, state, _ = model(torch.tensor([ids[:-1]], device=device), _without_mass(state), head=False)
-    log_p, state = read(ids[-1], state)
+    _, state, _ = model(torch.tensor([ids[:-1]], device=device), state, head=False)
+    log_p, state = read(ids[-1], _without_mass(state))  # what the question read is no reason
     log_known = math.log(max(1e-12, 1.0 - float(log_p[UNKNOWN].exp())))
     answer: list[int] = []
     log_probabilities: list[float] = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from wakesleep.streams.teacher import stores
 from wakesleep.ttl.state import SPAN, StoreState, StreamState
 
-REFRESH = 16  # steps that fill the ring once
+REFRESH = 16  # steps that fill the ring once, if each has pairs enough
 
 
 class Ring(NamedTuple):
@@ -38,6 +38,11 @@ class Pool(NamedTuple):
         """Pairs per head that wait."""
         return min(self.written, self.rings[0].score.shape[1]) if self.rings else 0
 
+    def to(self, device: torch.device) -> Pool:
+        """The pool with its tensors on a device."""
+        rings = (Ring(*(part.to(device) for part in ring)) for ring in self.rings)
+        return self._replace(rings=tuple(rings))
+
 
 def empty_pool(state: StreamState, places: int) -> Pool:
     """A pool for the stores of `state` with nothing in it."""
@@ -50,16 +55,18 @@ def empty_pool(state: StreamState, places: int) -> Pool:
     return Pool(tuple(rings), 0)
 
 
-def collect(pool: Pool, state: StreamState, foreign: list[tuple[int, int]]) -> Pool:
-    """Add the loudest pairs of a lane's own documents; the lanes take turns.
+def collect(pool: Pool, state: StreamState, foreign: list[tuple[int, int]], *, turn: int) -> Pool:
+    """Add the loudest pairs of a lane's own documents.
 
-    foreign: intervals of positions whose pairs are distractors themselves.
+    Args:
+        foreign: intervals of positions whose pairs are distractors themselves.
+        turn: number of the step; the lanes take turns.
     """
     if not pool.rings:
         return pool
     places = pool.rings[0].score.shape[1]
     wanted = max(1, places // REFRESH)
-    lane = pool.written // wanted % state.position.shape[0]
+    lane = turn % state.position.shape[0]
     loudest = [_loudest(store, foreign, lane, wanted) for store in stores(state)]
     count = min(ring.score.shape[1] for ring in loudest)
     target = (torch.arange(count) + pool.written) % places

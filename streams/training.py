@@ -75,7 +75,7 @@ class StreamModule(lightning.LightningModule):
         if self.config.carries:
             self.state = detach(read.state)
         elif self.config.admission.distractor_share:
-            self.pool = collect(self.pool, read.state, read.foreign)
+            self.pool = collect(self.pool, read.state, read.foreign, turn=batch.cursor)
         self.cursor += 1
         return loss
 
@@ -123,7 +123,8 @@ class StreamModule(lightning.LightningModule):
         self.means.add("grad_norm", norm)
 
     def on_train_start(self) -> None:
-        """Random numbers go on where the checkpoint was made."""
+        """Random numbers go on where the checkpoint was made, distractors on the model's device."""
+        self.pool = self.pool.to(self.device)
         if self._rng is not None:
             set_rng_states(self._rng)
             self._rng = None
@@ -188,7 +189,7 @@ class StreamModule(lightning.LightningModule):
             return own(position, read.foreign) & (position <= until[:, None, None])
 
         def spared(position: Tensor) -> Tensor:
-            return marked(position, read.position, batch.value)
+            return marked(position, read.stored, batch.value)
 
         loss, metrics = admission_loss(
             read.state,
@@ -205,7 +206,7 @@ class StreamModule(lightning.LightningModule):
     def _count(
         self, means: Means, tokens: TokenLoss, read: Unrolled, batch: Batch, draw: Draw
     ) -> None:
-        """Add a step's values for people; all of them are weighted by what they are means over."""
+        """Add a step's values for people; means over tokens or answers are weighted by those."""
         asked = int((batch.asked > 0).sum())
         rest = int((batch.weight > 0).sum()) - asked
         means.add("loss", float(tokens.loss.detach()))
@@ -217,7 +218,7 @@ class StreamModule(lightning.LightningModule):
         reach = window + chunk
         add_answers(means, batch, tokens.right, self.kinds, reach, draw.keep_all)
         until = last_stored(read.state.position, chunk, window)
-        facts = fact_ranking(read.state, read.position, batch.fact, until, draw.keep_all)
+        facts = fact_ranking(read.state, read.stored, batch.fact, until, draw.keep_all)
         for name, value in facts.items():
             means.add(name, value)
 

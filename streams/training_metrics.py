@@ -18,10 +18,6 @@ DECADES = ("age_1", "age_10", "age_100", "age_1k", "age_10k", "age_100k")
 PLACES = ("inside", "outside", "outside_kept", "outside_selected")
 TAUGHT = ("loss_admission", "precision", "recall", "needed", "noise_above")
 MEASURED = ("loss", "loss_answers", "loss_rest", "noise_above_facts", "facts_kept")
-SHOWN = (
-    *("answers", "outside_kept", "outside_selected"),
-    *("noise_above_facts", "facts_kept", "val_answers"),
-)
 
 
 class Means:

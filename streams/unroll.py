@@ -21,7 +21,8 @@ from wakesleep.ttl.state import StreamState
 class Unrolled(NamedTuple):
     hidden: Tensor  # [B, T, D]
     state: StreamState  # behind the last segment, with its gradient
-    position: Tensor  # [B, T] int64 of every token since its lane's reset
+    position: Tensor  # [B, T] int64 of every token when it was read, since its lane's reset
+    stored: Tensor  # [B, T] int64, the same now: what was in the window during a jump moved on
     foreign: list[tuple[int, int]]  # intervals of positions that distractors have
     nonfinite: int  # rows that the model had to mask
 
@@ -50,7 +51,7 @@ def unroll(
     S = batch.tokens.shape[1] // K
     window = model.window_of(state)
     columns = torch.arange(S, device=batch.tokens.device)
-    hidden, position, foreign, nonfinite = [], [], [], 0
+    hidden, position, stored, foreign, nonfinite = [], [], [], [], 0
     for k in range(K):
         here = slice(k * S, (k + 1) * S)
         if bool((batch.reset[:, k] & (state.position > 0)).any()):
@@ -58,21 +59,25 @@ def unroll(
         if draw.orders[k] is not None:
             first = max(0, int(state.position[0]) - window)
             foreign.append((first, first + draw.jumps[k]))
+            edge = (state.position - window).clamp(min=0)[:, None]
+            stored = [torch.where(p < edge, p, p + draw.jumps[k]) for p in stored]
             state = inject(state, pool, draw.orders[k], draw.jumps[k], window)
         position.append(state.position[:, None] + columns)
+        stored.append(position[-1])
         lengths = batch.lengths[:, k]
         x, state, stats = model(
             batch.tokens[:, here],
             state,
             None if bool((lengths == S).all()) else lengths,
             read_weight=batch.recalled[:, here] if draw.keep_all else None,
-            read_floor=read_floor,
+            read_floor=read_floor if draw.keep_all else 0.0,
             rank_table=draw.rank_table,
             head=False,
         )
         hidden.append(x)
         nonfinite += int(stats.nonfinite.sum())
-    return Unrolled(torch.cat(hidden, 1), state, torch.cat(position, 1), foreign, nonfinite)
+    hidden, position, stored = (torch.cat(parts, 1) for parts in (hidden, position, stored))
+    return Unrolled(hidden, state, position, stored, foreign, nonfinite)
 
 
 def next_token_loss(hidden: Tensor, output: Tensor, batch: Batch, z_loss: float) -> TokenLoss:

@@ -96,7 +96,6 @@ class WindowAttention(nn.Module):
         self.page_bias = nn.Parameter(torch.zeros(num_heads)) if page else None
         self.out = nn.Linear(inner, dim, bias=False)
         self.store = ExactStore(store, dim, num_heads, head_dim) if store else None
-        self.fast = True  # False: the form for gradients also without them
         self._init_parameters()
 
     @torch.no_grad()
@@ -224,7 +223,7 @@ class WindowAttention(nn.Module):
         turns = self._turns(W + C, N, store, given.rank_table)
         q = widen_query(q, turns[W : W + N * C])
         k = widen_window_key(k, turns[: W + N * C])
-        fast = self.fast and not torch.is_grad_enabled()
+        fast = not torch.is_grad_enabled()
         reader = None
         if store is not None:
             of = (self.store.config.quota, store, turns[W + C :], given.rank_table)

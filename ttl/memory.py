@@ -78,7 +78,7 @@ class MemoryConfig:
 
 
 class WriteStats(NamedTuple):
-    surprise: Tensor  # [B, T] step * |error|, mean over the heads; 0 where not live
+    surprise: Tensor  # [B, T] step * |error|, mean over the heads; beyond a length it means nothing
     per_head: Tensor  # [B, H, T]
     written: Tensor  # [B, T] bool; of pages: what may be, a gate decides when the page is full
 

@@ -39,6 +39,25 @@ class StoreConfig:
             raise ValueError(f"store.hidden must be between 1 and 4096, got {self.hidden}")
 
 
+class AdmissionHead(nn.Sequential):
+    """Scores [B, T, H] float32 of hidden states [B, T, D].
+
+    The last product is taken in float32 at least: rounded to bfloat16, most scores would be equal
+    to others, and of equal scores the older token wins.
+    """
+
+    def __init__(self, dim: int, hidden: int, num_heads: int) -> None:
+        super().__init__(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner, activation, last = self
+        hidden = activation(inner(x))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        weight, bias = last.weight.to(dtype), last.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(hidden.to(dtype), weight, bias).float()
+
+
 class ExactStore(nn.Module):
     """Scores tokens and keeps the best; it holds no state, only the admission head."""
 
@@ -48,9 +67,7 @@ class ExactStore(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         if config.score == "learned":
-            self.head = nn.Sequential(
-                nn.Linear(dim, config.hidden), nn.SiLU(), nn.Linear(config.hidden, num_heads)
-            )
+            self.head = AdmissionHead(dim, config.hidden, num_heads)
 
     def init_state(self, batch: int, capacity: int, like: Tensor) -> StoreState:
         """An empty store of `capacity` places per head, in the dtype and device of `like`."""
@@ -82,7 +99,7 @@ class ExactStore(nn.Module):
         B, T, _ = x.shape
         match self.config.score:
             case "learned":
-                return self.head(x).float()
+                return self.head(x)
             case "residual" | "residual_z":
                 if surprise is None:
                     raise ValueError(

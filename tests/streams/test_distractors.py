@@ -38,7 +38,7 @@ def test_the_pool_is_bounded_and_keeps_the_loudest(model):
     pool = empty_pool(model.init_state(1), 32)
     for seed in range(20):
         state = read(model, seed)
-        pool = collect(pool, state, [])
+        pool = collect(pool, state, [], turn=seed)
         assert pool.size == min(32, 2 * (seed + 1))
         for ring, block in zip(pool.rings, state.blocks, strict=True):
             assert ring.k.shape == (2, 32, 8)
@@ -50,24 +50,24 @@ def test_the_pool_is_bounded_and_keeps_the_loudest(model):
             )
     again = empty_pool(model.init_state(1), 32)
     for seed in range(20):
-        again = collect(again, read(model, seed), [])
+        again = collect(again, read(model, seed), [], turn=seed)
     for a, b in zip(pool.rings, again.rings, strict=True):
         assert all(map(torch.equal, a, b))
 
 
 def test_distractors_are_not_collected_again(model):
-    pool = collect(empty_pool(model.init_state(1), 32), read(model, 0), [])
+    pool = collect(empty_pool(model.init_state(1), 32), read(model, 0), [], turn=0)
     loud = pool._replace(rings=tuple(r._replace(score=r.score + 100) for r in pool.rings))
     state = inject(model.init_state(2, capacity=64), loud, torch.arange(2).expand(2, 2), JUMP, 8)
     tokens = torch.randint(0, 32, (2, 32))
     with torch.no_grad():
         state = model(tokens, state)[1]
-    assert float(collect(pool, state, []).rings[0].score.max()) > 90
-    assert float(collect(pool, state, [(0, JUMP)]).rings[0].score.max()) < 90
+    assert float(collect(pool, state, [], turn=0).rings[0].score.max()) > 90
+    assert float(collect(pool, state, [(0, JUMP)], turn=0).rings[0].score.max()) < 90
 
 
 def test_a_jump_alone_changes_no_output(model):
-    pool = collect(empty_pool(model.init_state(1), 32), read(model, 0), [])
+    pool = collect(empty_pool(model.init_state(1), 32), read(model, 0), [], turn=0)
     tokens = torch.randint(0, 32, (2, 24))
     nobody = torch.full((2, 3), -1)
     for length in (0, 8, 13, 32):
@@ -79,7 +79,7 @@ def test_a_jump_alone_changes_no_output(model):
 
 
 def test_distractors_are_younger_than_the_store_and_older_than_the_window(model):
-    pool = collect(empty_pool(model.init_state(1), 32), read(model, 0), [])
+    pool = collect(empty_pool(model.init_state(1), 32), read(model, 0), [], turn=0)
     state = read(model, 1, 20)
     jumped = inject(state, pool, torch.tensor([[1, 0], [0, -1]]), JUMP, CONFIG.window)
     tokens = torch.randint(0, 32, (2, 12))
@@ -98,7 +98,7 @@ def test_distractors_are_younger_than_the_store_and_older_than_the_window(model)
 
 
 def test_distractors_compete_by_their_scores(model):
-    pool = collect(empty_pool(model.init_state(1), 32), read(model, 0), [])
+    pool = collect(empty_pool(model.init_state(1), 32), read(model, 0), [], turn=0)
     state = read(model, 1, 32, capacity=6)
     for shift, kept in ((100.0, 2), (-100.0, 0)):
         rings = tuple(ring._replace(score=ring.score + shift) for ring in pool.rings)
