@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import sys
@@ -212,7 +213,7 @@ def run(config: RobustnessConfig, output: Path, console: Console) -> list[dict[s
     text, following = np.split(ids, [config.tokens])
     made_of = {
         "model_sha256": language_model.model_sha256,
-        "document": Path(config.document).name,
+        "ids_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
         "tokens": config.tokens,
         "clean_tokens": config.clean_tokens,
         "seed": config.seed,

@@ -82,7 +82,7 @@ def overview() -> str:
             *lines,
             "",
             "First steps:  wakesleep stream     reads the bundled document, ten million tokens",
-            "              wakesleep stream limit_tokens=500k             two minutes' worth of it",
+            "              wakesleep stream limit_tokens=500k --session runs/short    a part of it",
             "Examples, flags and keys of a command:  wakesleep COMMAND --help",
         ]
     )
@@ -144,7 +144,7 @@ def _report(error: BaseException, debug: bool) -> int:
     refused = isinstance(error, ValueError)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if not refused:
-        lines = [f"failed: {_in_words(error)}", *lines[1 : len(LEADS) - 1]]
+        lines = [f"failed: {_in_words(error)}", *lines[1:]]
         lines.append("--debug shows where.")
     for lead, line in zip(LEADS, lines, strict=False):
         print(lead + shortened(line, LINE_WIDTH), file=sys.stderr)

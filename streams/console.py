@@ -29,7 +29,7 @@ class Console:
         """Give the command's result: `data` to programs, `text` to people."""
         if self.json:
             self.say(text)
-            print(json.dumps(data, ensure_ascii=False, allow_nan=False), flush=True)
+            print(json.dumps(data, allow_nan=False), flush=True)  # ASCII: no encoding spoils it
         else:
             print(text, flush=True)
 

@@ -21,6 +21,7 @@ BUNDLED = (
     "default/config.json",
     "default/model.safetensors",
     "default/tokenizer.json",
+    "default/known.json",
     "document.txt.xz",
     "document.json",
 )
@@ -74,7 +75,12 @@ def examine() -> dict[str, Any]:
         "allocator_of_commands": _allocator_of_commands(),
         "triton": versions["triton"] is not None,
         "files": files,
-        "problems": [*missing, *_document_problems(files), *([clash] if clash else [])],
+        "problems": [
+            *missing,
+            *_document_problems(files),
+            *([] if missing else _model_problems()),
+            *([clash] if clash else []),
+        ],
     }
 
 
@@ -199,6 +205,18 @@ def _document_problems(files: dict[str, Any]) -> list[str]:
     except (lzma.LZMAError, EOFError):
         intact = False
     return [] if intact else ["document.txt.xz is damaged; install wakesleep again"]
+
+
+def _model_problems() -> list[str]:
+    """The bundled model is what its own description says."""
+    from wakesleep.streams.language_model import load_language_model
+
+    try:
+        load_language_model(device="cpu")
+    except Refused as error:
+        why = "; ".join(str(error).splitlines())
+        return [f"the bundled model is damaged ({why}); install wakesleep again"]
+    return []
 
 
 def _data_folder() -> Path:

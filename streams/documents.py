@@ -72,6 +72,15 @@ class Document:
         """Bytes on disk, None for standard input; a compressed file's content is larger."""
         return None if self.path is None else self.path.stat().st_size
 
+    @property
+    def num_ids(self) -> int:
+        """Ids that the header of a .npy file announces.
+
+        Raises:
+            Refused: the file is no list of integers.
+        """
+        return _npy_header(self.path)[1]
+
     def text(self) -> Iterator[str]:
         """Yield the text in pieces, line ends as they are.
 

@@ -132,9 +132,16 @@ def parse_manifest(data: bytes) -> Manifest:
         raise ValueError("only the last document can be unfinished")
     if any(i is not None and i >= len(manifest.documents) for i in manifest.lane_documents):
         raise ValueError("lane_documents names a document that is not there")
+    if any(not _in_order(fact) for fact in manifest.facts):
+        raise ValueError("a fact must have one position for each statement, in order")
     if manifest.ids_dtype not in ("uint16", "uint32"):
         raise ValueError(f"ids_dtype must be uint16 or uint32, found {manifest.ids_dtype[:40]!r}")
     return manifest
+
+
+def _in_order(fact: PlantedFact) -> bool:
+    rising = all(a < b for a, b in zip(fact.positions, fact.positions[1:], strict=False))
+    return rising and len(fact.positions) == len(fact.statements) > 0
 
 
 def _build(kind: type[Record], values: Any, where: str) -> Record:

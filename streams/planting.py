@@ -49,7 +49,8 @@ def plant_facts(
         total = min(limit, _num_tokens(document, tokenizer, limit) + added)
         plants = plan_plants(facts, int(total), options.seed)
     except ValueError as error:
-        raise Refused(f"facts cannot be planted: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise Refused(f"facts cannot be planted in {document.name}: {why}") from error
     positions: list[list[int]] = [[] for _ in facts]
     for plant in plants:
         positions[plant.fact].append(plant.position)
@@ -115,7 +116,7 @@ def estimate_tokens(document: Document, tokenizer: Tokenizer) -> float:
     if document.size is None:
         return float("inf")
     if document.kind == "ids":
-        return document.size // 8
+        return document.num_ids
     packed = document.path.suffix.lower() in COMPRESSIONS
     return document.size * (PACKED if packed else 1) // BYTES_PER_TOKEN
 

@@ -49,7 +49,7 @@ def prepare_reading(
             cannot be, facts that do not fit.
     """
     records = manifest.documents if manifest else ()
-    documents, source, notes = _open(document, records, config)
+    documents, source, notes = _open(document, records, config, again)
     limit, vocab_size = config.limit_tokens, tokenizer.vocab_size
     if config.lanes > 1:
         if again:
@@ -63,7 +63,8 @@ def prepare_reading(
         task.document.check(vocab_size)
     facts: tuple[PlantedFact, ...] = ()
     if manifest is None:
-        config = with_fact_count(config, FACTS_IN_BUNDLED if document is None else 0)
+        bundled = document is None and config.lanes == 1
+        config = with_fact_count(config, FACTS_IN_BUNDLED if bundled else 0)
         facts = plant_facts(config.facts, documents[0], tokenizer, limit)
     done = manifest.tokens if manifest else 0
     total = done + _left(plan, records, tokenizer, limit)
@@ -78,13 +79,16 @@ def with_fact_count(config: StreamConfig, default: int) -> StreamConfig:
 
 
 def _open(
-    document: str | Path | None, records: Sequence[DocumentRecord], config: StreamConfig
+    document: str | Path | None,
+    records: Sequence[DocumentRecord],
+    config: StreamConfig,
+    again: bool,
 ) -> tuple[list[Document], str | None, list[str]]:
     """The documents to be read, where they are, and what was skipped there."""
     if document is None and records:
         last = records[-1]
-        several = config.lanes > 1
-        if not several and last.finished and (last.ended or last.tokens >= config.limit_tokens):
+        over = last.finished and (last.ended or last.tokens >= config.limit_tokens)
+        if over and config.lanes == 1 and not again:
             return [], last.source, []
         if last.source is None:
             raise Refused(

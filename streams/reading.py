@@ -74,8 +74,12 @@ class Reading:
             left = self.manifest.config.limit_tokens - used
             if left <= 0:
                 break
+            new = task.index is None
+            task = task._replace(index=self._begin(task, source))
+            if new and tokens is first:
+                self.save()  # from now on the folder knows what it is reading, whatever happens
             tokens = tokens or open_tokens(task.document, self.runner.language_model.tokenizer)
-            used += self._read_document(task, tokens, source, left)
+            used += self._read_document(task.index, tokens, left)
             tokens = None
         self.finish()
 
@@ -102,11 +106,9 @@ class Reading:
             self.manifest = write_snapshot(self.folder, self.manifest, self.runner.carried)
             self.saved = self.runner.carried
 
-    def _read_document(
-        self, task: Task, tokens: TokenReader, source: str | None, limit: float
-    ) -> int:
-        """Read one document up to its end or `limit` tokens of it; return its tokens."""
-        index, record = self._begin(task, source)
+    def _read_document(self, index: int, tokens: TokenReader, limit: float) -> int:
+        """Read a document that was begun to its end or `limit` tokens of it; return its tokens."""
+        record = self.manifest.documents[index]
         reader = SegmentReader(
             tokens,
             self._inserts(index),
@@ -131,10 +133,9 @@ class Reading:
             return read()
         except ValueError as error:
             self.save()
-            what = str(error).splitlines()[0]
-            raise RuntimeError(
-                f"{what}; the {self.runner.tokens:,} tokens before are saved"
-            ) from error
+            what, *rest = str(error).splitlines()
+            what = f"{what}; the {self.runner.tokens:,} tokens before are saved"
+            raise RuntimeError("\n".join([what, *rest])) from error
 
     def after_segment(self, before: int) -> None:
         """Do what is due between `before` and the tokens that are read now."""
@@ -159,21 +160,21 @@ class Reading:
         if self._watch is not None:
             self._watch.metrics(line)
 
-    def _begin(self, task: Task, source: str | None) -> tuple[int, DocumentRecord]:
-        """The number and the record of a task's document, which is unfinished from now on."""
+    def _begin(self, task: Task, source: str | None) -> int:
+        """The number of a task's document, whose record is unfinished from now on."""
         records = self.manifest.documents
         if task.index is None:
             record = DocumentRecord(name=task.document.name, source=source)
             # Of standard input nothing can follow once the process has ended.
             records = tuple(dataclasses.replace(r, finished=True) for r in records)
             self.manifest = dataclasses.replace(self.manifest, documents=(*records, record))
-            return len(records), record
+            return len(records)
         record = records[task.index]
         if record.tokens:
             self.runner.meters.resumed_at.append(self.runner.tokens)
         record = dataclasses.replace(record, name=task.document.name, source=source, finished=False)
         self._set_record(task.index, record)
-        return task.index, record
+        return task.index
 
     def _set_record(self, index: int, record: DocumentRecord) -> None:
         records = list(self.manifest.documents)

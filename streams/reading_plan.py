@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from wakesleep.streams.documents import Document
@@ -47,9 +49,11 @@ def plan_reading(
         Refused: another document is unfinished, or this one changed since.
     """
     last = len(records) - 1
-    known = [_known_as(document, records, vocab_size) for document in documents]
+    known = _known_as(documents, records, vocab_size)
+    if not again and last not in known:
+        _refuse_changed(records, documents)
     if unfinished_file(records) and last not in known:
-        _refuse_unfinished(records[last], documents)
+        _refuse_unfinished(records[last])
     if again and not unfinished_file(records):
         known = [None] * len(documents)
     done = {index for index in known if index is not None}
@@ -77,22 +81,51 @@ class _Beginning(NamedTuple):
     length: float  # bytes of content, inf if there are more than was looked at
 
 
-def _known_as(document: Document, records: Sequence[DocumentRecord], vocab_size: int) -> int | None:
-    """The record of this document, the latest if there are several."""
+def _known_as(
+    documents: Sequence[Document], records: Sequence[DocumentRecord], vocab_size: int
+) -> list[int | None]:
+    """The record of each document; no two have the same, though their texts may be equal.
+
+    Documents that were read as a whole come first, in their order. Then the last record, if its end
+    was not reached: it is that of the first document left that begins so, or else of one that was
+    read before and once more. Then whatever else begins as some document did.
+    """
+    matches = [_matches(document, records, vocab_size) for document in documents]
+    last = len(records) - 1
+    known: list[int | None] = [None] * len(documents)
+    for number, (whole, _) in enumerate(matches):
+        known[number] = next((index for index in whole if index not in known), None)
+    if records and not records[-1].ended and records[-1].source is not None:
+        begun = [n for n, (_, part) in enumerate(matches) if last in part]
+        left = [n for n in begun if known[n] is None]
+        for number in left[:1] or begun[-1:]:
+            known[number] = last
+    for number, (_, part) in enumerate(matches):
+        if known[number] is None:
+            known[number] = next((i for i in reversed(part) if i not in known), None)
+    return known
+
+
+def _matches(
+    document: Document, records: Sequence[DocumentRecord], vocab_size: int
+) -> tuple[list[int], list[int]]:
+    """Records of all of a document, and records of its beginning that can be gone on with."""
     if not document.resumable or not records:
-        return None
+        return [], []
     begins = _beginning(document, {record.bytes_done for record in records}, vocab_size)
-    for index in reversed(range(len(records))):
-        record = records[index]
+    whole, part = [], []
+    for index, record in enumerate(records):
         latest = index == len(records) - 1
         if not record.bytes_done:  # nothing of it was read, so nothing tells it from others
             same = latest and record.name == document.name
         else:
             same = begins.sha256.get(record.bytes_done) == record.sha256
+        if same and record.ended and begins.length == record.bytes_done:
+            whole.append(index)
         # One that ended and has grown since can be gone on with as long as nothing came after it.
-        if same and (not record.ended or latest or begins.length == record.bytes_done):
-            return index
-    return None
+        elif same and (latest or not record.ended):
+            part.append(index)
+    return whole, part
 
 
 def _is_complete(document: Document, record: DocumentRecord, vocab_size: int) -> bool:
@@ -118,13 +151,28 @@ def _beginning(document: Document, lengths: set[int], vocab_size: int) -> _Begin
     return _Beginning(found, count)
 
 
-def _refuse_unfinished(record: DocumentRecord, documents: Sequence[Document]) -> None:
-    if any(document.name == record.name for document in documents):
+def _refuse_changed(records: Sequence[DocumentRecord], documents: Sequence[Document]) -> None:
+    """Refuse a document whose record goes on, but which does not begin as it did."""
+    record = records[-1] if records else None
+    if record is None or record.ended or record.source is None:
+        return
+    if any(_is_at(document, record) for document in documents):
         raise Refused(
             f"{record.name} has changed since it was read",
             f"in its first {record.bytes_done:,} bytes of text",
             "put the old text back, or read the new one in another --session",
         )
+
+
+def _is_at(document: Document, record: DocumentRecord) -> bool:
+    """Whether a document is where that of the record was."""
+    if document.path is None or document.name != record.name:
+        return False
+    path = Path(os.path.abspath(document.path))
+    return Path(record.source) in (path, *path.parents)
+
+
+def _refuse_unfinished(record: DocumentRecord) -> None:
     raise Refused(
         f"the session has not finished {record.name}: {record.tokens:,} tokens are read",
         f"in {record.source}",

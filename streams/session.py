@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from wakesleep.streams.ask import Answer, ask
-from wakesleep.streams.config import as_dict, to_yaml
+from wakesleep.streams.config import to_yaml
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.lane_reading import open_lanes, read_lanes
 from wakesleep.streams.language_model import LanguageModel
@@ -254,12 +254,12 @@ class Session:
         self.config = config
         self.manifest = write_snapshot(self.folder, manifest, self.runner.carried)
         self._saved = self.runner.carried
-        write_atomically(self.folder / "config.yaml", to_yaml(config).encode())
 
     def _adopt_config(self) -> None:
         """Make the options of this call the session's; session.json follows with a snapshot."""
-        if as_dict(self.config) != as_dict(self.manifest.config):
-            write_atomically(self.folder / "config.yaml", to_yaml(self.config).encode())
+        path, text = self.folder / "config.yaml", to_yaml(self.config).encode()
+        if not path.is_file() or path.read_bytes() != text:
+            write_atomically(path, text)
         self.manifest = dataclasses.replace(
             self.manifest,
             config=self.config,

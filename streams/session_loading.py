@@ -68,7 +68,8 @@ def load_session(
     path = None if config.model is None else str(Path(config.model).absolute())
     config = dataclasses.replace(config, model=path)
     if manifest is None:
-        config = dataclasses.replace(config, threads=torch.get_num_threads())
+        keep_ids = config.lanes == 1 if config.keep_ids is None else config.keep_ids
+        config = dataclasses.replace(config, threads=torch.get_num_threads(), keep_ids=keep_ids)
         sizes = {"window": config.window, "capacity": config.store.capacity}
         runner = StreamRunner(model, lanes=config.lanes, **sizes)
         return Loaded(config, None, model, runner, None, [])

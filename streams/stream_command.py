@@ -140,7 +140,7 @@ def _read(session: Session, prepared: Prepared, console: Console) -> None:
         console.warn(f"stopped; {count(session.tokens)} tokens are saved in {_name(session)}")
         console.warn(f"go on with: {_again(session, prepared)}")
         raise
-    if prepared.plan.tasks:
+    if prepared.plan.tasks or _lacks_plots(session.folder):
         _draw(session.folder, console)
     console.result(summary, final_table(session.folder, summary))
 
@@ -151,8 +151,15 @@ def _draw(folder: Path, console: Console) -> None:
 
     try:
         draw_plots(folder)
-    except OSError as error:
-        console.warn(f"the plots could not be written: {error.strerror}")
+    except Exception as error:
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        console.warn(f"the plots could not be made: {shortened(why, 200)}")
+
+
+def _lacks_plots(folder: Path) -> bool:
+    """Whether a call ended between its last snapshot and its plots."""
+    plot, snapshot = folder / "reading.png", folder / "session.json"
+    return not plot.is_file() or plot.stat().st_mtime_ns < snapshot.stat().st_mtime_ns
 
 
 def _beginning(session: Session, prepared: Prepared) -> str:

@@ -24,7 +24,7 @@ class StoreOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FactsOptions:
-    count: int | None = None  # planted facts; none: 64 in the bundled document, 0 in any other
+    count: int | None = None  # planted in the first document; none: 64 in the bundled one, else 0
     seed: int = 0
     kinds: str = "all"  # or names of fact families, separated by commas
 
@@ -42,7 +42,7 @@ class StreamConfig:
     facts: FactsOptions = field(default_factory=FactsOptions)
     segment_len: int = 2048  # tokens of one model call
     save_every: int | float = 1_000_000  # tokens between snapshots, rounded up to whole segments
-    keep_ids: bool = True  # append every token id to ids.bin
+    keep_ids: bool | None = None  # append every token id to ids.bin; none: with one lane
     lanes: int = 1  # documents read side by side
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # of weights and window

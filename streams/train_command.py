@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     train = _import_train()
     if not output.exists():  # otherwise the folder may yet be refused, and three lines are enough
-        console.say(f"{plan}\n{flop_table(config.model)}")
+        again = f"Ctrl-C saves and stops; go on with: {_again(arguments)}"
+        console.say(f"{plan}\n{again}\n{flop_table(config.model)}")
     try:
         result = train(config, output, resume=arguments.resume)
     except Stopped:

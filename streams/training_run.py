@@ -91,6 +91,9 @@ class RunFolder(lightning.Callback):
             self.folder / "run.json", json.dumps({"resumed_at": resumed}).encode() + b"\n"
         )
         self._cut_metrics(step)
+        if step:
+            where = f"{self.folder}: going on at step {step:,} of {self.config.total_steps:,}"
+            module.print(f"{where}; Ctrl-C saves and stops", file=sys.stderr, flush=True)
         self._mark = (time.monotonic(), step)
         self._signals.__enter__()  # after Lightning has put up its own
 

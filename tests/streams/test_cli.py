@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from wakesleep.streams import allocator, cli, doctor_command
+from wakesleep.streams import allocator, cli, doctor_command, language_model
 from wakesleep.streams.allocator import TUNABLES, can_tune
 from wakesleep.streams.console import Console, shortened
 from wakesleep.streams.errors import Refused
@@ -166,6 +166,10 @@ def test_json_is_one_object_on_stdout_and_words_are_on_stderr(capsys):
     assert findings["versions"]["torch"] in err and code == bool(findings["problems"])
     Console(json=True, quiet=True).result({"a": 1}, "words")
     assert capsys.readouterr() == ('{"a": 1}\n', "")
+    odd = {"text": "O\u00f9 \U0001f600 \x9b \u202e"}  # whatever the terminal's encoding
+    Console(json=True, quiet=True).result(odd, "words")
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out) == odd
     Console().result({"a": 1}, "words")
     assert capsys.readouterr() == ("words\n", "")
 
@@ -191,6 +195,15 @@ def test_a_clashing_torchvision_is_told_apart_from_a_fitting_one(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", clash)
     message = doctor_command.torchvision_clash()
     assert "0.28.0 does not match torch 2.13.0" in message and "pip uninstall" in message
+
+
+def test_doctor_loads_the_bundled_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor_command, "_bundled", lambda name: {"bytes": 1, "sha256": "0"})
+    monkeypatch.setattr(doctor_command, "_document_problems", lambda files: [])
+    monkeypatch.setattr(language_model, "DEFAULT", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (problem,) = doctor_command.examine()["problems"]
+    assert "bundled model is damaged" in problem and "install wakesleep again" in problem
 
 
 def test_doctor_tells_a_whole_document_from_a_damaged_one(monkeypatch, tmp_path):

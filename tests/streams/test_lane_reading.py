@@ -83,6 +83,14 @@ def test_other_documents_than_those_begun_are_refused(folder, tmp_path, language
         stream(tmp_path / "s", language_model, folder)
 
 
+def test_lanes_keep_no_ids_and_plant_no_facts_unless_they_are_asked_to(tmp_path, language_model):
+    with Session.open(tmp_path / "s", language_model, lanes=2, threads=1) as opened:
+        prepared = opened.prepare()  # the bundled document
+        assert (
+            not opened.config.keep_ids and prepared.facts == () and prepared.config.facts.count == 0
+        )
+
+
 @pytest.mark.parametrize("options", [{"keep_ids": True}, {"limit_tokens": 9}, {"facts.count": 2}])
 def test_keys_that_lanes_do_not_go_with_are_refused(folder, tmp_path, language_model, options):
     with pytest.raises(Refused, match=next(iter(options))):

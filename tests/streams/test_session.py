@@ -425,8 +425,10 @@ def test_a_fault_in_the_middle_keeps_what_came_before(tmp_path, language_model, 
     monkeypatch.setattr(tokenizers, "BLOCK", 1000)
     whole = text.read_text()
     text.write_bytes(whole.encode() + b"\xff\xfe")
-    with pytest.raises(RuntimeError, match="saved"):
+    with pytest.raises(RuntimeError, match="saved") as fault:
         stream(tmp_path / "s", language_model, text)
+    _, where, remedy = str(fault.value).splitlines()
+    assert str(len(whole.encode())) in where.replace(",", "") and "errors=replace" in remedy
     found = manifest(tmp_path / "s")
     assert found["tokens"] > 0 and not found["documents"][0]["finished"]
     text.write_text(whole)

@@ -85,6 +85,8 @@ def test_a_state_has_a_bare_name(manifest, name):
         (("documents", 0, "name"), "n" * 5000),
         (("documents", 0, "more"), 1),
         (("facts", 0, "positions"), [-1]),
+        (("facts", 0, "positions"), []),
+        (("facts", 0, "positions"), [5, 5, 5]),
         (("config", "window"), 1 << 40),
         (("config", "class"), "os.system"),
         (("config",), []),

@@ -168,6 +168,19 @@ def test_plots_that_cannot_be_written_do_not_fail_the_stream(model, capsys, monk
     assert "No space left" in err and "bits per byte" in out
 
 
+def test_plots_that_a_call_did_not_come_to_are_made_by_the_next(model, capsys):
+    call = ["stream", "gate.txt", model, "threads=1", "--session", "s"]
+    assert cli.main(call) == 0
+    Path("s/reading.png").unlink()
+    assert cli.main(call) == 0 and Path("s/reading.png").exists()
+    lines = Path("s/metrics.jsonl").read_text()
+    Path("s/metrics.jsonl").write_text("x" * len(lines))
+    Path("s/reading.png").unlink()
+    capsys.readouterr()
+    assert cli.main(call) == 0
+    assert "plots could not be made" in capsys.readouterr().err
+
+
 def test_ask_gives_one_object_and_changes_nothing(session, capsys):
     before = {path.name: path.read_bytes() for path in session.iterdir()}
     assert cli.main(["ask", str(session), "Where is the gate?", "--json"]) == 0
