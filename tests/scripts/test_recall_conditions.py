@@ -1,14 +1,18 @@
 """A part that is off is as good as missing, and nothing of the session changes by it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from wakesleep.streams.language_model import load_language_model
+from wakesleep.streams.language_model import LanguageModel, load_language_model
 from wakesleep.streams.runner import StreamRunner
 from wakesleep.streams.segments import Segment
 from wakesleep.streams.session import Session
 from wakesleep.streams.tokenizer import END, NUM_SPECIAL
+from wakesleep.ttl.memory import MemoryConfig
+from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import flatten
 
 QUESTIONS = ["What is the pass code of the amber gate?", "Where does Ann Reed live?"]
@@ -58,6 +62,30 @@ def test_a_part_that_is_off_predicts_like_a_model_that_lacks_it(
     off = logits_after(given.language_model.model, given.state)
     torch.testing.assert_close(off, logits_after(twin, state), rtol=0, atol=TOLERANCE)
     on = logits_after(session.language_model.model, session.runner.state)
+    assert (on - off).abs().max() > 100 * TOLERANCE
+
+
+def test_a_memory_of_pages_that_is_off_shows_no_keys(conditions):
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 32}
+    config = ModelConfig(
+        **sizes,
+        window=32,
+        chunk=16,
+        combine="mac",
+        memory_layers=(0,),
+        store_layers=(),
+        memory=MemoryConfig(page=32),
+    )
+    model = TTLModel(config)
+    twin = TTLModel(replace(config, memory_layers=()))
+    twin.load_state_dict(model.state_dict(), strict=False)
+    with torch.inference_mode():
+        state = model(torch.arange(200, 250)[None], model.init_state(1))[1]
+    (block,) = state.blocks
+    lacking = state._replace(blocks=(block._replace(memory=None, page=None),))
+    given = conditions.switched_off(LanguageModel(model, None, "0"), state, memory=True)
+    off, on = (logits_after(m, state) for m in (given.language_model.model, model))
+    torch.testing.assert_close(off, logits_after(twin, lacking), rtol=0, atol=TOLERANCE)
     assert (on - off).abs().max() > 100 * TOLERANCE
 
 

@@ -2,17 +2,20 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from wakesleep.streams.ask import MAX_ANSWER, ask
+from wakesleep.streams.ask import MAX_ANSWER, ask, reply_to
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.prompts import STOP, UNKNOWN, encode_answer
 from wakesleep.streams.runner import StreamRunner
 from wakesleep.streams.segments import Segment
+from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import flatten
+from wakesleep.ttl.store import StoreConfig
 
 
 @pytest.fixture
@@ -128,3 +131,13 @@ def test_what_was_read_before_the_question_is_no_reason_for_the_answer(language_
     ]
     again = ask(language_model, state._replace(blocks=tuple(blocks)), "Where?")
     assert again.passages == ask(language_model, state, "Where?").passages
+
+
+def test_what_the_question_reads_is_no_reason_for_the_answer(language_model, read):
+    config = replace(language_model.model.config, store=StoreConfig(capacity=32, score="mass"))
+    by_mass = language_model._replace(model=TTLModel(config))
+    runner = StreamRunner(by_mass)
+    runner.read(Segment(np.array(read[1]), np.ones(400, bool)))
+    reply = reply_to(by_mass, runner.state, "Where does the owner of the amber gate live?" * 4)
+    mass = reply.state.blocks[1].store.mass.sum(-1)  # [1, H], at most 1 for each query
+    assert 0 < mass.max() <= reply.queries
