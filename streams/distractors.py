@@ -1,10 +1,12 @@
-"""Pairs of other documents in the store: what training has instead of ten million tokens.
+"""What other documents leave behind: what training has instead of ten million tokens.
 
 A store read at full size must be trained at full size, among pairs that scored as high as its own.
 A bounded ring keeps the loudest pairs of the last steps: of one lane per step, in the order of the
 text, so that what is said of something else is there in whole, as it is in a long stream. Between
 two segments a run of them enters the stores of the lanes, as if a long stretch of other text had
-passed while the window stood still.
+passed while the window stood still. Such a stretch leaves another memory, too: that of another
+lane, which has gone on so from step to step. What was stored is then read with a memory of a later
+time, and with one that has not just begun.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wakesleep.streams.teacher import stores
-from wakesleep.ttl.state import SPAN, StoreState, StreamState
+from wakesleep.ttl.state import SPAN, StoreState, StreamState, detach, map_state, to
 
 REFRESH = 16  # steps that fill the ring once, if each has pairs enough
 
@@ -29,9 +31,18 @@ class Ring(NamedTuple):
     span: Tensor  # [H, P, SPAN] int32
 
 
+class Past(NamedTuple):
+    """What a memory has learned, without the page that is open: fields of `MemoryState`."""
+
+    weights: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+    surprise: Tensor
+
+
 class Pool(NamedTuple):
     rings: tuple[Ring, ...]  # one per store of the model
     written: int  # pairs per head that ever entered; modulo P, the next place to overwrite
+    pasts: tuple[Past | None, ...] | None = None  # of all lanes, by block; None: not yet
 
     @property
     def size(self) -> int:
@@ -40,8 +51,7 @@ class Pool(NamedTuple):
 
     def to(self, device: torch.device) -> Pool:
         """The pool with its tensors on a device."""
-        rings = (Ring(*(part.to(device) for part in ring)) for ring in self.rings)
-        return self._replace(rings=tuple(rings))
+        return self._replace(rings=to(self.rings, device), pasts=to(self.pasts, device))
 
 
 def empty_pool(state: StreamState, places: int) -> Pool:
@@ -55,13 +65,24 @@ def empty_pool(state: StreamState, places: int) -> Pool:
     return Pool(tuple(rings), 0)
 
 
-def collect(pool: Pool, state: StreamState, foreign: list[tuple[int, int]], *, turn: int) -> Pool:
-    """Add the loudest pairs of a lane's own documents.
+def pasts_of(state: StreamState) -> tuple[Past | None, ...]:
+    """What the memories of a state have learned, by block; None where there is none."""
+    memories = (block.memory for block in state.blocks)
+    return tuple(m and Past(m.weights, m.momentum, m.surprise) for m in memories)
+
+
+def collect(
+    pool: Pool, state: StreamState, foreign: list[tuple[int, int]], *, turn: int, passed: bool
+) -> Pool:
+    """Add the loudest pairs of a lane's own documents, and take over what the memories learned.
 
     Args:
         foreign: intervals of positions whose pairs are distractors themselves.
         turn: number of the step; the lanes take turns.
+        passed: whether other text has passed in this step; else the memories are young ones.
     """
+    if passed:
+        pool = pool._replace(pasts=detach(pasts_of(state)))
     if not pool.rings:
         return pool
     places = pool.rings[0].score.shape[1]
@@ -75,7 +96,18 @@ def collect(pool: Pool, state: StreamState, foreign: list[tuple[int, int]], *, t
     for old, new in zip(pool.rings, loudest, strict=True):
         parts = zip(old, new, strict=True)
         rings.append(Ring(*(a.index_copy(1, target, b[:, :count].to(a.dtype)) for a, b in parts)))
-    return Pool(tuple(rings), pool.written + count)
+    return pool._replace(rings=tuple(rings), written=pool.written + count)
+
+
+def remember(state: StreamState, pool: Pool, shift: int) -> StreamState:
+    """Give every lane what the memory of the lane `shift` before it learned in earlier steps."""
+    blocks = []
+    for block, past in zip(state.blocks, pool.pasts or [None] * len(state.blocks), strict=True):
+        if past is not None:
+            learned = map_state(lambda t: t.roll(shift, 0), past)
+            block = block._replace(memory=block.memory._replace(**learned._asdict()))
+        blocks.append(block)
+    return state._replace(blocks=tuple(blocks))
 
 
 def inject(state: StreamState, pool: Pool, order: Tensor, jump: int, window: int) -> StreamState:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep.streams.config import as_dict, flat
-from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own
+from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own, pasts_of
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.rng import rng_states, set_rng_states
 from wakesleep.streams.teacher import admission_loss, fact_ranking, marked
@@ -36,7 +36,7 @@ from wakesleep.ttl.state import StreamState, detach, flatten, to, unflatten
 __all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "train"]
 
 CHECKPOINT_KEY = "wakesleep"
-VERSION = 1  # of what is under that key
+VERSION = 2  # of what is under that key
 VALIDATION = 1 << 41  # the draws of validation batches are numbered from here
 
 
@@ -75,7 +75,9 @@ class StreamModule(lightning.LightningModule):
         if self.config.carries:
             self.state = detach(read.state)
         elif self.config.admission.distractor_share:
-            self.pool = collect(self.pool, read.state, read.foreign, turn=batch.cursor)
+            self.pool = collect(
+                self.pool, read.state, read.foreign, turn=batch.cursor, passed=draw.passes
+            )
         self.cursor += 1
         return loss
 
@@ -137,6 +139,7 @@ class StreamModule(lightning.LightningModule):
             "state": None if self.state is None else flatten(self.state),
             "pool": [ring._asdict() for ring in self.pool.rings],
             "pool_written": self.pool.written,
+            "pasts": None if self.pool.pasts is None else flatten(self.pool.pasts),
             "means": self.means.sums,
             "rng": rng_states(),
             "model": as_dict(self.config.model),
@@ -155,10 +158,12 @@ class StreamModule(lightning.LightningModule):
             raise Refused("this checkpoint belongs to a model with another config")
         self.cursor, self._rng = saved["cursor"], saved["rng"]
         self.means.sums = saved["means"]
+        like = self.model.init_state(self.config.train.lanes)
         if saved["state"] is not None:
-            like = self.model.init_state(self.config.train.lanes)
             self.state = unflatten(like, saved["state"])
-        self.pool = Pool(tuple(Ring(**ring) for ring in saved["pool"]), saved["pool_written"])
+        pasts = None if saved["pasts"] is None else unflatten(pasts_of(like), saved["pasts"])
+        rings = tuple(Ring(**ring) for ring in saved["pool"])
+        self.pool = Pool(rings, saved["pool_written"], pasts)
 
     def _draw(self, number: int, batch: Batch) -> Draw:
         if self.config.carries:

@@ -27,7 +27,7 @@ class AdmissionConfig:
     weight: float = 1.0  # of the admission loss
     threshold: float = 0.1  # a token was needed if one answer gave it more of its attention
     positive_weight: float = 20.0  # of needed tokens in the binary cross-entropy
-    distractor_share: float = 0.0  # of steps that start with pairs of other documents in the store
+    distractor_share: float = 0.0  # of steps with pairs and memories that other documents left
     full_share: float = 0.0  # of those with selection: only the loudest of a lane find a place
     room: tuple[float, float] = (1.5, 4.0)  # left then, in tokens per token of the lane's facts
     distractor_pool: int = 2048  # pairs per layer and head that wait to be distractors

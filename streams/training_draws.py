@@ -21,6 +21,7 @@ class Draw(NamedTuple):
     capacity: int | None  # places of every store; None = the model's own
     window: int | None  # tokens W; None = the model's own
     keep_all: bool  # nothing is ever evicted: this step teaches the admission head
+    passes: bool  # before each segment, other text passes as in a long stream
     orders: tuple[Tensor | None, ...]  # per segment [B, n] int64 distractors before it; -1 = none
     jumps: tuple[int, ...]  # per segment, positions that the distractors take
     rank_table: Tensor | None  # [B, S] int64 increasing distances of the ranks 0..S-1
@@ -47,7 +48,8 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
     drawn = int(rng.choice(admission.capacities)) if admission.capacities else None
     places = drawn or config.model.store.capacity
     levels = np.zeros(step.lanes, np.int64)
-    if waiting and begun and rng.random() < admission.distractor_share:
+    passes = begun and bool(rng.random() < admission.distractor_share)
+    if waiting and passes:
         if not keep_all and rng.random() < admission.full_share:
             room = facts * np.exp(rng.uniform(*np.log(admission.room), step.lanes))
             levels = np.clip(places - room.astype(np.int64), 0, waiting)
@@ -59,12 +61,12 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
     ranks = None
     if admission.rank_max:
         ranks = _spread(rng, step.lanes, capacity or places, admission.rank_max)
-    return Draw(capacity, window, keep_all, orders, jumps, ranks)
+    return Draw(capacity, window, keep_all, passes, orders, jumps, ranks)
 
 
 def never(segments: int) -> Draw:
     """The draw of a step that takes the store as the model has it."""
-    return Draw(None, None, False, (None,) * segments, (0,) * segments, None)
+    return Draw(None, None, False, False, (None,) * segments, (0,) * segments, None)
 
 
 def boundary(config: TrainConfig) -> int:

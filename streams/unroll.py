@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wakesleep.streams.distractors import Pool, inject
+from wakesleep.streams.distractors import Pool, inject, remember
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_draws import Draw
 from wakesleep.ttl.model import TTLModel
@@ -56,6 +56,8 @@ def unroll(
         here = slice(k * S, (k + 1) * S)
         if bool((batch.reset[:, k] & (state.position > 0)).any()):
             state = model.reset(state, batch.reset[:, k])
+        if draw.passes:
+            state = remember(state, pool, shift=k + 1)
         if draw.orders[k] is not None:
             first = max(0, int(state.position[0]) - window)
             foreign.append((first, first + draw.jumps[k]))
