@@ -66,7 +66,15 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
 
 def never(segments: int) -> Draw:
     """The draw of a step that takes the store as the model has it."""
-    return Draw(None, None, False, False, (None,) * segments, (0,) * segments, None)
+    return Draw(
+        capacity=None,
+        window=None,
+        keep_all=False,
+        passes=False,
+        orders=(None,) * segments,
+        jumps=(0,) * segments,
+        rank_table=None,
+    )
 
 
 def boundary(config: TrainConfig) -> int:

@@ -71,6 +71,15 @@ def test_what_was_asked_is_not_asked_again(session_folder, tmp_path, call, table
     assert (tmp_path / "recall.json").read_bytes() == first
 
 
+def test_answers_of_another_capacity_do_not_count(session_folder, tmp_path, table, monkeypatch):
+    asked = []
+    monkeypatch.setattr(table, "ask_all", lambda session, *_: asked.append(session) or [])
+    for options in ({}, {}, {"store.capacity": 16}, {"window": 32}):
+        session = Session.load(session_folder, options)
+        table.answers_of(session, "tiny", [], ["as read"], tmp_path)
+    assert len(asked) == 3
+
+
 def test_answers_of_another_state_do_not_count(table, tmp_path):
     path = tmp_path / "answers.json"
     made_of = {"state_sha256": "a", "model_sha256": "b", "known_threshold": 0.5}

@@ -223,7 +223,9 @@ def test_ids_come_in_from_any_integer_type(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(module, "IDS_PER_PIECE", 7)
     ids = np.arange(100, dtype=dtype)
     np.save(tmp_path / "a.npy", ids)
-    pieces = list(open_document(tmp_path / "a.npy").ids(VOCAB))
+    document = open_document(tmp_path / "a.npy")
+    assert document.num_ids == len(ids)
+    pieces = list(document.ids(VOCAB))
     assert len(pieces) == 15 and all(piece.dtype == np.int32 for piece in pieces)
     assert np.concatenate(pieces).tolist() == ids.tolist()
 

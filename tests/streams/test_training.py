@@ -200,7 +200,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops(tmp_path, monkeypatch, number):
+def test_a_signal_saves_and_stops(tmp_path, monkeypatch, capsys, number):
     config = task(train={"save_every": 100}, trainer={"accumulate_grad_batches": 2})
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
@@ -209,7 +209,9 @@ def test_a_signal_saves_and_stops(tmp_path, monkeypatch, number):
     assert stopped.value.number == number
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert end(tmp_path / "run")[1][2] == 6  # the step that was being accumulated was finished
+    capsys.readouterr()
     train(config, tmp_path / "run", resume=True)
+    assert f"{tmp_path / 'run'}: going on at step 3 of 6" in capsys.readouterr().err
     train(config, tmp_path / "whole")
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 

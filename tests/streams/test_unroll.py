@@ -11,6 +11,7 @@ from wakesleep.streams.teacher import marked
 from wakesleep.streams.training import StreamModule
 from wakesleep.streams.training_config import AdmissionConfig, DataConfig, StepConfig, TrainConfig
 from wakesleep.streams.training_data import open_source
+from wakesleep.streams.unroll import unroll
 from wakesleep.ttl import attention as attention_module
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import SPAN, SPAN_AFTER
@@ -32,7 +33,7 @@ CONFIG = TrainConfig(
         mlp_dim=32,
         window=W,
         chunk=C,
-        memory_layers=(),
+        memory_layers=(0,),
         store_layers=(1,),
         store=StoreConfig(capacity=16, hidden=8),
     ),
@@ -54,7 +55,7 @@ def step(request, monkeypatch):
     reads, original_read = [], attention_module.softmax_read
     originals = {name: getattr(training, name) for name in ("unroll", "admission_loss")}
 
-    def unroll(*args):
+    def watched(*args):
         reads.clear()
         seen["args"], seen["read"] = args, originals["unroll"](*args)
         seen["shares"] = list(reads)
@@ -69,7 +70,7 @@ def step(request, monkeypatch):
         reads.append(p.detach())
         return out, p
 
-    monkeypatch.setattr(training, "unroll", unroll)
+    monkeypatch.setattr(training, "unroll", watched)
     monkeypatch.setattr(training, "admission_loss", admission_loss)
     monkeypatch.setattr(attention_module, "softmax_read", softmax_read)
     for number in range(8):
@@ -112,6 +113,21 @@ def test_positions_are_those_of_the_tokens_even_behind_a_jump(step):
         assert there.sum(2).eq(T - W).all()  # also what was in the window when others came
         given = sum((order >= 0).sum(1) for order in draw.orders if order is not None)
         assert torch.equal(foreign.sum(2)[:, 0], given)
+
+
+def test_other_text_leaves_another_memory_before_each_segment(step):
+    """Before segment 0 that of the lane before, before segment 1 that of the lane two before."""
+    model, batch, state, draw, pool, floor = step["args"]
+    before, half = step["read"].hidden, T // 2
+    for lane in range(B):
+        learned = tuple(w.clone() for w in pool.pasts[0].weights)
+        for weights in learned:
+            weights[lane] += 1.0
+        pasts = (pool.pasts[0]._replace(weights=learned), *pool.pasts[1:])
+        after = unroll(model, batch, state, draw, pool._replace(pasts=pasts), floor).hidden
+        assert torch.equal(after[lane, :half], before[lane, :half])
+        assert not torch.equal(after[lane, half:], before[lane, half:])
+        assert not torch.equal(after[1 - lane, :half], before[1 - lane, :half])
 
 
 def test_mass_is_what_recalled_answers_read_of_the_store(step):

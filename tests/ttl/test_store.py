@@ -18,6 +18,7 @@ from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import SPAN, StoreState
 from wakesleep.ttl.store import (
     HORIZON,
+    AdmissionHead,
     ExactStore,
     StoreConfig,
     candidates,
@@ -219,6 +220,16 @@ def test_an_entry_that_grows_old_loses_no_more_than_a_nat(form):
         expected = (cosine / 2 + 7 * content).item()
         assert read[0, 0, :, 1 + entry].tolist() == pytest.approx([expected] * C, abs=1e-9)
         assert torch.equal(reader.values[0], pair)  # content, to the last bit
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_scores_are_float32_where_products_are_bfloat16(weights):
+    head = AdmissionHead(16, 32, H).to(weights)
+    x = torch.randn(1, 2000, 16, dtype=weights)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        score = head(x)
+    assert score.dtype == torch.float32
+    assert all(len(score[..., h].unique()) > 1950 for h in range(H))  # rounded: under 1,000
 
 
 def test_ranks_count_from_the_newest_and_empty_places_come_last():
