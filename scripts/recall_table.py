@@ -58,7 +58,7 @@ def questions_of(manifest: Manifest) -> tuple[list[PlantedFact], str]:
     facts, split = _drawn_again(manifest)
     options = manifest.config.facts
     unplanted = make_unplanted(facts, options.seed, parse_kinds(options.kinds), split)
-    told = [f for f in manifest.facts if f.positions[-1] < manifest.documents[0].tokens]
+    told = [f for f in manifest.facts if f.positions[-1] < manifest.tokens]
     now = (manifest.tokens,)  # for the age, 0, of what was never said
     nothing = [
         PlantedFact(kind=f.kind, statements=(), positions=now, question=f.question, answer="")

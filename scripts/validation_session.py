@@ -40,8 +40,8 @@ def stream(
         prepared = session.prepare(document)
         if session.manifest is None:
             config, tokenizer = prepared.config, session.language_model.tokenizer
-            text, limit = prepared.documents[0], config.limit_tokens
-            facts = plant_facts(config.facts, text, tokenizer, limit, "validation")
+            texts, limit = prepared.documents, config.limit_tokens
+            facts = plant_facts(config.facts, texts, tokenizer, limit, "validation")
             prepared = prepared._replace(facts=facts)
         return session.read(prepared, watch=watch)
 

@@ -66,11 +66,11 @@ class DocumentRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedFact:
-    """A fact that is said in the session's first document and asked for at the end."""
+    """A fact that is said in what the session reads and asked for at the end."""
 
     kind: str
     statements: tuple[str, ...]
-    positions: tuple[int, ...]  # tokens of the document before each statement
+    positions: tuple[int, ...]  # tokens of the session before each statement
     question: str
     answer: str
 

@@ -30,15 +30,15 @@ PACKED = 4  # bytes of ordinary text per compressed byte
 
 def plant_facts(
     options: FactsOptions,
-    document: Document,
+    documents: Sequence[Document],
     tokenizer: Tokenizer,
     limit: float,
     split: str = "test",
 ) -> tuple[PlantedFact, ...]:
-    """Choose facts and where they go, before the first token is read.
+    """Choose facts and where they go in all of `documents`, before the first token is read.
 
     Raises:
-        Refused: the length of the document is not known, or too short for the facts.
+        Refused: the length of a document is not known, or they are too short for the facts.
     """
     if not options.count:
         return ()
@@ -46,11 +46,12 @@ def plant_facts(
         facts = make_facts(options.count, options.seed, parse_kinds(options.kinds), split)
         statements = [text for fact in facts for text in fact.statements]
         added = sum(len(statement_ids(tokenizer, text)) for text in statements)
-        total = min(limit, _num_tokens(document, tokenizer, limit) + added)
+        total = min(limit, _num_tokens(documents, tokenizer, limit) + added)
         plants = plan_plants(facts, int(total), options.seed)
     except ValueError as error:
+        where = documents[0].name if len(documents) == 1 else f"{len(documents)} documents"
         why = str(error).splitlines()[0]
-        raise Refused(f"facts cannot be planted in {document.name}: {why}") from error
+        raise Refused(f"facts cannot be planted in {where}: {why}") from error
     positions: list[list[int]] = [[] for _ in facts]
     for plant in plants:
         positions[plant.fact].append(plant.position)
@@ -66,12 +67,13 @@ def plant_facts(
     )
 
 
-def inserts_of(facts: Iterable[PlantedFact], tokenizer: Tokenizer) -> list[Insert]:
-    """The statements of all facts, in the order of the document."""
+def inserts_of(facts: Iterable[PlantedFact], tokenizer: Tokenizer, before: int) -> list[Insert]:
+    """The statements to come in a document that begins after `before` tokens, in their order."""
     inserts = [
-        Insert(position, statement_ids(tokenizer, text))
+        Insert(position - before, statement_ids(tokenizer, text))
         for fact in facts
         for position, text in zip(fact.positions, fact.statements, strict=True)
+        if position >= before
     ]
     return sorted(inserts, key=lambda insert: insert.position)
 
@@ -121,22 +123,30 @@ def estimate_tokens(document: Document, tokenizer: Tokenizer) -> float:
     return document.size * (PACKED if packed else 1) // BYTES_PER_TOKEN
 
 
-def _num_tokens(document: Document, tokenizer: Tokenizer, limit: float) -> float:
-    """Tokens of a document, or any number from `limit` on; reads it unless it is the bundled one.
+def _num_tokens(documents: Sequence[Document], tokenizer: Tokenizer, limit: float) -> float:
+    """Tokens of documents and of the ends between them, or any number from `limit` on.
+
+    Reads them, unless it is the bundled one.
 
     Raises:
         Refused: standard input without a limit.
     """
-    if (tokens := _bundled_tokens(document, tokenizer)) is not None:
-        return tokens
-    if not document.resumable:
-        if limit == float("inf"):
-            raise Refused("the length of standard input is not known; add limit_tokens=N")
-        return limit
-    reader = open_tokens(document, tokenizer)
-    while reader.tokens < limit and not reader.finished:
-        reader.read(STEP)
-    return reader.tokens
+    total = len(documents) - 1
+    for document in documents:
+        if (tokens := _bundled_tokens(document, tokenizer)) is not None:
+            total += tokens
+            continue
+        if not document.resumable:
+            if limit == float("inf"):
+                raise Refused("the length of standard input is not known; add limit_tokens=N")
+            return limit
+        reader = open_tokens(document, tokenizer)
+        while total + reader.tokens < limit and not reader.finished:
+            reader.read(STEP)
+        total += reader.tokens
+        if total >= limit:
+            break
+    return total
 
 
 def _bundled_tokens(document: Document, tokenizer: Tokenizer) -> int | None:

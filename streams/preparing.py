@@ -65,7 +65,7 @@ def prepare_reading(
     if manifest is None:
         bundled = document is None and config.lanes == 1
         config = with_fact_count(config, FACTS_IN_BUNDLED if bundled else 0)
-        facts = plant_facts(config.facts, documents[0], tokenizer, limit)
+        facts = plant_facts(config.facts, documents, tokenizer, limit)
     done = manifest.tokens if manifest else 0
     total = done + _left(plan, records, tokenizer, limit)
     return Prepared(plan, documents, source, config, facts, total, notes)

@@ -182,7 +182,7 @@ class Reading:
         self.manifest = dataclasses.replace(self.manifest, documents=tuple(records))
 
     def _inserts(self, index: int) -> list[Insert]:
-        """What is put into a document: facts into the first one, an end before every other."""
-        if index > 0:
-            return [Insert(0, [END])]
-        return inserts_of(self.manifest.facts, self.runner.language_model.tokenizer)
+        """What is put into a document: an end before all but the first, facts where they belong."""
+        before = sum(record.tokens for record in self.manifest.documents[:index])
+        facts = inserts_of(self.manifest.facts, self.runner.language_model.tokenizer, before)
+        return [Insert(0, [END])] * (index > 0) + facts

@@ -292,8 +292,7 @@ class Session:
 
     def _new_summary(self) -> dict[str, Any]:
         """Ask all planted facts and write summary.json."""
-        first = self.manifest.documents[0].tokens if self.manifest.documents else 0
-        facts = [fact for fact in self.manifest.facts if fact.positions[-1] < first]
+        facts = [fact for fact in self.manifest.facts if fact.positions[-1] < self.tokens]
         rows = ask_facts(self.language_model, self.runner.state, facts, self.tokens)
         summary = summarise(self.manifest, self.runner.state_bytes, rows)
         write_summary(self.folder, summary)

@@ -24,7 +24,7 @@ class StoreOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FactsOptions:
-    count: int | None = None  # planted in the first document; none: 64 in the bundled one, else 0
+    count: int | None = None  # planted in what is read first; none: 64 in the bundled one, else 0
     seed: int = 0
     kinds: str = "all"  # or names of fact families, separated by commas
 

@@ -349,12 +349,21 @@ def test_the_limit_counts_tokens_over_all_calls_and_can_be_raised(tmp_path, lang
     assert summary["tokens"] == 1500 and summary["resumed_at"] == [1000]
 
 
-def test_a_session_holds_with_planted_facts(tmp_path, language_model, text, monkeypatch):
+@pytest.mark.parametrize("num_files", [1, 6])
+def test_a_session_holds_with_planted_facts(tmp_path, language_model, text, monkeypatch, num_files):
     """Facts are where the manifest says, count as no text, and are the same after a resume."""
     options = {"facts": {"count": 5, "seed": 3}}
+    whole, size = text.read_text(), text.stat().st_size
+    if num_files > 1:
+        text = tmp_path / "folder"
+        text.mkdir()
+        for index in range(num_files):
+            part = whole[index * len(whole) // num_files : (index + 1) * len(whole) // num_files]
+            (text / f"{index}.txt").write_text(part)
     plain = stream(tmp_path / "plain", language_model, text)
     summary = stream(tmp_path / "x", language_model, text, **options)
     ids = np.frombuffer((tmp_path / "x" / "ids.bin").read_bytes(), "<u2")
+    assert (ids == END).sum() == num_files - 1
     facts = manifest(tmp_path / "x")["facts"]
     assert len(facts) == len(summary["facts"]) == 5
     for fact, row in zip(facts, summary["facts"], strict=True):
@@ -363,8 +372,10 @@ def test_a_session_holds_with_planted_facts(tmp_path, language_model, text, monk
             assert here.startswith(f" {statement}")
         assert row["age_tokens"] == len(ids) - fact["positions"][-1]
         assert row["correct"] == (row["predicted"].strip() == fact["answer"])
-    assert summary["bytes"] == plain["bytes"] == text.stat().st_size
+    assert summary["bytes"] == plain["bytes"] == size
     assert summary["tokens"] > plain["tokens"]
+    inserted = [record["inserted"] > 1 for record in manifest(tmp_path / "x")["documents"]]
+    assert sum(inserted) > num_files // 3  # several of them hold facts
     monkeypatch.setattr(session, "StopSignals", lambda: StopAfter(7))
     with pytest.raises(Stopped):
         stream(tmp_path / "y", language_model, text, **options)
