@@ -1,7 +1,10 @@
 """Answer a question from a state, which stays as it is.
 
 The question is read like more of the stream, by a copy; the answer is the likeliest token at every
-place, up to <|stop|>. What the store was read for while answering shows where an answer comes from.
+place, up to <|stop|>. The probability of <|unknown|> in its place says how likely it is that
+nothing was said. Only where that is all but certain there is no answer; below a threshold, chosen
+on validation data, an answer is a guess. What the store was read for while answering shows where it
+comes from.
 
 Shapes: H heads, S places.
 """
@@ -22,14 +25,15 @@ from wakesleep.ttl.state import SPAN, SPAN_AFTER, StreamState
 
 MAX_ANSWER = 16  # tokens
 MAX_PASSAGES = 5
+LEAST_PROBABILITY = 0.05  # that there is an answer at all, for one to be given
 MAX_PAIRS = 64  # stored pairs that are looked at, the most read first
 
 
 class Answer(NamedTuple):
     question: str
-    answer: str  # "" where the model says that it does not know
+    answer: str  # the likeliest one, a guess if it is not `known`; "" if nothing was said of it
     confidence: float  # 0 to 1
-    known: bool  # an answer, and a confidence that reaches the model's threshold
+    known: bool  # the confidence reaches the model's threshold
     tokens: int  # that the state has read
     passages: list[dict[str, Any]]  # position, text, mass: most read first
 
@@ -66,8 +70,9 @@ def ask(language_model: LanguageModel, state: StreamState, question: str) -> Ans
 def reply_to(language_model: LanguageModel, state: StreamState, question: str) -> Reply:
     """Answer `question` greedily.
 
-    The confidence is the geometric mean of the answer's token probabilities, <|stop|> included,
-    times the probability that there is an answer at all (the first token is not <|unknown|>).
+    The confidence is the probability that there is an answer at all (the first token is not
+    <|unknown|>), times the geometric mean of the answer's token probabilities if there is one,
+    <|stop|> included.
 
     Raises:
         Refused: the question is empty, or longer than the window.
@@ -93,27 +98,30 @@ def reply_to(language_model: LanguageModel, state: StreamState, question: str) -
 
     _, state, _ = model(torch.tensor([ids[:-1]], device=device), state, head=False)
     log_p, state = read(ids[-1], _without_mass(state))  # what the question read is no reason
-    log_known = math.log(max(1e-12, 1.0 - float(log_p[UNKNOWN].exp())))
+    is_answer = 1.0 - float(log_p[UNKNOWN].exp())
+    if is_answer < LEAST_PROBABILITY:
+        return Reply("", is_answer, False, state, queries=1)
+    log_p = log_p - math.log(is_answer)  # given that there is an answer
     answer: list[int] = []
     log_probabilities: list[float] = []
     while True:
         answer.append(_likeliest(log_p, first=not answer))
         log_probabilities.append(float(log_p[answer[-1]]))
-        if answer[-1] in (STOP, UNKNOWN) or len(answer) == MAX_ANSWER:
+        if answer[-1] == STOP or len(answer) == MAX_ANSWER:
             break
         log_p, state = read(answer[-1], state)
-    text, is_answer = decode_answer(tokenizer, answer)
-    confidence = math.exp(log_known + sum(log_probabilities) / len(log_probabilities))
-    known = is_answer and confidence >= threshold
+    text = decode_answer(tokenizer, answer)
+    confidence = is_answer * math.exp(sum(log_probabilities) / len(log_probabilities))
+    known = text != "" and confidence >= threshold
     return Reply(text, confidence, known, state, queries=len(answer))
 
 
 def _likeliest(log_p: Tensor, first: bool) -> int:
-    """The likeliest token of an answer: text, <|stop|>, or as the first one <|unknown|>."""
+    """The likeliest token of an answer: text, or <|stop|> behind it."""
     legal = log_p.clone()
     legal[:NUM_SPECIAL] = -torch.inf
-    for token in (STOP, UNKNOWN) if first else (STOP,):
-        legal[token] = log_p[token]
+    if not first:
+        legal[STOP] = log_p[STOP]
     return int(legal.argmax())
 
 

@@ -61,7 +61,8 @@ def answer_text(answer: dict[str, Any], with_passages: bool = True) -> str:
     if answer["known"]:
         lines = [f"{text}   ({sure})"]
     else:
-        lines = [f"not known   ({sure}{f'; a guess: {text}' if text else ''})"]
+        guess = f"; a guess: {text}" if text else ""
+        lines = [f"not known   ({sure}{guess})"]
     if with_passages:
         for passage in answer["passages"][:PASSAGES]:
             text = shortened(passage["text"].strip(), PASSAGE_WIDTH)

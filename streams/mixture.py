@@ -116,10 +116,10 @@ class Mixture:
 
         Returns:
             tokens [B, T] int64; weight [B, T] float32 of predicting each token from those before
-            it; value [B, T] bool, the values inside their statements; fact [B, T] bool, those of
-            them that still count; and of each answer int64 [N]: answer_lane, answer_start,
-            answer_stop (the columns of its tokens), answer_age (tokens since the value was said;
-            -1: nothing was) and answer_kind (index into `kinds`).
+            it; value [B, T] bool, the values inside their statements, each with the token that ends
+            it; fact [B, T] bool, those of them that still count; and of each answer int64 [N]:
+            answer_lane, answer_start, answer_stop (the columns of its tokens), answer_age (tokens
+            since the value was said; -1: nothing was) and answer_kind (index into `kinds`).
         """
         read = math.inf if self.split == "validation" else step * lanes * self.sequence_len
         stage = bisect_right(self.config.stage_tokens, read)

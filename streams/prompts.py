@@ -42,13 +42,10 @@ def wrap_answer(ids: Sequence[int] | None) -> list[int]:
     return [*([UNKNOWN] if ids is None else ids), STOP]
 
 
-def decode_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, bool]:
-    """Text of a generated answer, and whether it is one: False for <|unknown|> or nothing."""
+def decode_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of a generated answer, up to <|stop|>."""
     ids = list(ids)
-    ids = ids[: ids.index(STOP)] if STOP in ids else ids
-    if not ids or ids[0] == UNKNOWN:
-        return "", False
-    return tokenizer.decode(ids).strip(), True
+    return tokenizer.decode(ids[: ids.index(STOP)] if STOP in ids else ids).strip()
 
 
 def statement_ids(tokenizer: Tokenizer, text: str, lead: str = " ") -> list[int]:

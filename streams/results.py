@@ -32,7 +32,8 @@ def final_table(folder: Path, summary: Mapping[str, Any]) -> str:
     facts = summary["facts"]
     if facts:
         right = sum(bool(fact["correct"]) for fact in facts)
-        rows.append(("planted facts", f"{right} of {len(facts)} still known"))
+        sure = sum(bool(fact["correct"] and fact["known"]) for fact in facts)
+        rows.append(("planted facts", f"{right} of {len(facts)} right, {sure} of them sure"))
     lines = [title, "", *_columns(rows)]
     if facts:
         lines += ["", *_by_age(facts)]

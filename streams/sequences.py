@@ -45,8 +45,8 @@ class Answer(NamedTuple):
 class Sequence(NamedTuple):
     tokens: np.ndarray  # [T] int64
     weight: np.ndarray  # [T] float32, of predicting this token from those before it
-    fact: np.ndarray  # [T] bool: a value that is still valid, inside its statement
-    value: np.ndarray  # [T] bool: any value inside its statement
+    fact: np.ndarray  # [T] bool: a value that is still valid, and the token that ends it
+    value: np.ndarray  # [T] bool: any value inside its statement, and the token that ends it
     answers: list[Answer]
 
 
@@ -164,7 +164,9 @@ class Page:
             tokens[span], free[span], weight[span] = piece.ids, False, config.prompt_weight
             weight[place] = 0.0  # nothing in the text says that a piece begins here
             if piece.kind is None:
-                fact[value], said[value] = piece.valid, True
+                # An answer stops where the value ended: that token is read like the value's own.
+                ended = slice(value.start, value.stop + 1)
+                fact[ended], said[ended] = piece.valid, True
                 continue
             weight[value] = config.answer_weight
             age = -1

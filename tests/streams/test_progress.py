@@ -45,6 +45,7 @@ def fact(age: int, correct: bool = True, **other) -> dict:
         "answer": "Rome",
         "predicted": " Rome" if correct else " Oslo",
         "correct": correct,
+        "known": True,
         "age_tokens": age,
         **other,
     }
@@ -164,10 +165,10 @@ def test_ages_fall_into_their_decades():
 
 def test_the_table_tells_speed_memory_loss_recall_and_what_is_next(tmp_path):
     (tmp_path / "store.png").touch()
-    facts = [fact(2_000, False), fact(3_000), fact(5_000_000, question="Where is it?")]
+    facts = [fact(2_000, False), fact(3_000), fact(5_000_000, question="?", known=False)]
     lines = table(tmp_path, facts=facts, resumed_at=[8192])
     assert lines[0] == "10.0M tokens read in 14 min 21 s, resumed 1x"
-    for words in ("11,612 tokens per second", "1.21 GB", "1.312", "2 of 3 still known"):
+    for words in ("11,612 tokens per second", "1.21 GB", "1.312", "2 of 3 right, 1 of them sure"):
         assert any(words in line for line in lines)
     rows = [line.split() for line in lines]
     assert ["1k", "to", "10k", "1", "2", "50", "%", "#" * 10] in rows

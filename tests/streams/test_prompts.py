@@ -59,7 +59,6 @@ def test_a_planted_statement_has_the_tokens_of_ordinary_text(tokenizer):
 def test_an_answer_is_read_back_up_to_its_stop(tokenizer):
     for fact in make_facts(200, 1):
         ids = encode_answer(tokenizer, fact.answer)
-        assert decode_answer(tokenizer, [*ids, 99, 3]) == (fact.answer, True)
-    assert decode_answer(tokenizer, encode_answer(tokenizer, None)) == ("", False)
-    assert decode_answer(tokenizer, [3]) == ("", False)
-    assert decode_answer(tokenizer, tokenizer.encode(" Oslo")) == ("Oslo", True)
+        assert decode_answer(tokenizer, [*ids, 99, 3]) == fact.answer
+    assert decode_answer(tokenizer, [3]) == ""
+    assert decode_answer(tokenizer, tokenizer.encode(" Oslo")) == "Oslo"
