@@ -68,7 +68,8 @@ class FactMaker:
     """Draws facts of one split; none says anything about what an earlier one was about.
 
     Args:
-        similar: share of entities that have a word in common with an earlier one.
+        similar: share of entities that have a word in common with an earlier one; of persons and
+            things that are values, with an entity.
         shared: share of entities about which a fact of another family was drawn; 0: none.
     """
 
@@ -180,7 +181,8 @@ class FactMaker:
         draw, words = self.draw, self.words
         match what:
             case "person" | "thing":
-                return " ".join(self._pair(what))
+                earlier = self._entities.get(what, []) if self.similar else []
+                return " ".join(self._new_entity(what, earlier))
             case "city":
                 return draw.choice(words.cities)
             case "job":

@@ -60,7 +60,8 @@ class RecallConfig:
     far_share: float = 0.75  # of questions asked at least that far from their statement
     loose_share: float = 0.3  # of facts that belong to no family
     unknown_share: float = 0.3  # of questions to which nothing is the answer
-    similar: float = 0.5  # share of entities that have a word in common with another one
+    similar: float = 0.5  # share of entities, and of persons and things that are values, with a
+    # word in common with another entity
     shared: float = 0.2  # share of entities of which something else is said, too
     changed_share: float = 0.5  # of the facts of a sequence about changes
     answer_weight: float = 2.0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from collections import Counter
 from importlib.resources import files
@@ -11,6 +12,7 @@ import pytest
 
 from wakesleep.streams.facts import (
     YOUNGEST,
+    FactMaker,
     make_facts,
     make_unplanted,
     parse_kinds,
@@ -127,6 +129,21 @@ def test_unplanted_questions_are_similar_but_about_nothing_that_was_said():
     assert not said & {question.entity for question in questions}
     words = {word for entity in said for word in entity.split()}
     assert sum(bool(words & set(q.entity.split())) for q in questions) > 200
+
+
+@pytest.mark.parametrize(("kind", "entity"), [("hiding_place", "thing"), ("owner", "person")])
+def test_similar_values_have_a_word_in_common_with_what_facts_are_about(kind, entity):
+    about = "residence" if entity == "person" else "pass_code"
+
+    def shares(similar):
+        maker = FactMaker("train", random.Random(4), similar=similar)
+        words = {word for _ in range(50) for word in maker.planted(about).entity.split()}
+        if kind == "hiding_place":  # whose entities are things, too
+            words |= {word for _ in range(50) for word in maker.planted(kind).entity.split()}
+        values = [maker.planted(kind).answer for _ in range(50)]
+        return sum(bool(words & set(value.split())) for value in values)
+
+    assert shares(0.0) <= 20 and shares(1.0) >= 45
 
 
 def test_every_decade_of_age_gets_the_same_number_of_answers():
