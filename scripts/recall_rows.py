@@ -17,7 +17,8 @@ GROUPS = {
     "changed": "facts that were said and then changed: the answer is the latest value",
     "held_out": f"facts of families that are in no training data ({', '.join(HELD_OUT_KINDS)})",
     "right_and_known": "as trained, and the confidence reaches the threshold of the model",
-    "nothing": "questions about nothing: the confidence of the answer is below the threshold",
+    "nothing": "questions about nothing: there is no answer, or one below the threshold",
+    "nothing_unsaid": "questions about nothing: there is no answer, not even a guess",
     "found": "all facts, of bm25: the last statement is whole in one of the passages",
 }
 ONCE = tuple(kind for kind in TRAINED_KINDS if kind != "changed")
@@ -73,6 +74,7 @@ def rows_of(
     right_and_known = [a["correct"] and a["known"] for a in once]
     rows.append(_row("right_and_known", ALL, right_and_known))
     rows.append(_row("nothing", ALL, [not a["known"] for a in nothing]))
+    rows.append(_row("nothing_unsaid", ALL, [a["correct"] for a in nothing]))
     rows.append(_row("found", ALL, [a["found"] for a in facts if "found" in a]))
     return [{"session": session, "condition": condition, **row} for row in rows if row["n"]]
 

@@ -176,11 +176,11 @@ def choose_threshold(answers: Sequence[dict[str, Any]]) -> tuple[float, float]:
     Raises:
         Refused: all answers are right, or none is.
     """
-    sure = np.array([row["confidence"] for row in answers])
+    sure = np.array([row["confidence"] if row["predicted"] else -1.0 for row in answers])
     right = np.array([row["planted"] and row["correct"] for row in answers])
     if right.all() or not right.any():
         raise Refused(f"{right.sum()} of {len(right)} answers are right: nothing to tell apart")
-    levels = np.unique(sure)
+    levels = np.unique(sure[sure >= 0])
     candidates = [0.0, *((levels[:-1] + levels[1:]) / 2), 1.0]
     accuracy = [((sure[right] >= t).mean() + (sure[~right] < t).mean()) / 2 for t in candidates]
     best = max(range(len(candidates)), key=lambda i: (accuracy[i], candidates[i]))

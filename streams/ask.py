@@ -33,7 +33,7 @@ class Answer(NamedTuple):
     question: str
     answer: str  # the likeliest one, a guess if it is not `known`; "" if nothing was said of it
     confidence: float  # 0 to 1
-    known: bool  # the confidence reaches the model's threshold
+    known: bool  # an answer, and a confidence that reaches the model's threshold
     tokens: int  # that the state has read
     passages: list[dict[str, Any]]  # position, text, mass: most read first
 

@@ -48,6 +48,7 @@ def test_every_answer_is_counted_in_its_groups(rows_module):
         ("cargo", "all"): (1, 1),
         ("extension", "all"): (0, 1),
         ("nothing", "all"): (2, 3),
+        ("nothing_unsaid", "all"): (1, 3),
     }
     assert {(row["session"], row["condition"]) for row in rows} == {("s", "as read")}
     for row in rows:

@@ -124,12 +124,17 @@ def test_no_other_threshold_has_a_better_balanced_accuracy(table):
     answers = []
     for _ in range(200):
         planted, right = draw.random() < 0.5, draw.random() < 0.7
+        said = planted or draw.random() < 0.6
         sure = draw.betavariate(4, 2) if planted and right else draw.betavariate(2, 4)
-        correct = planted and right
-        answers.append({"planted": planted, "correct": correct, "confidence": round(sure, 2)})
+        answers.append(
+            {
+                **{"planted": planted, "correct": right if planted else not said},
+                **{"predicted": "4711" if said else "", "confidence": round(sure, 2)},
+            }
+        )
 
     def balanced(threshold):
-        known = np.array([a["confidence"] >= threshold for a in answers])
+        known = np.array([bool(a["predicted"]) and a["confidence"] >= threshold for a in answers])
         right = np.array([a["planted"] and a["correct"] for a in answers])
         return (known[right].mean() + (~known[~right]).mean()) / 2
 
