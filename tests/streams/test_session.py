@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from wakesleep.streams import decompress, documents, reading, session
+from wakesleep.streams import decompress, documents, planting, reading, session
 from wakesleep.streams import tokenizer as tokenizers
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.session import Session
@@ -361,7 +361,10 @@ def test_a_session_holds_with_planted_facts(tmp_path, language_model, text, monk
             part = whole[index * len(whole) // num_files : (index + 1) * len(whole) // num_files]
             (text / f"{index}.txt").write_text(part)
     plain = stream(tmp_path / "plain", language_model, text)
+    plan, totals = planting.plan_plants, []
+    monkeypatch.setattr(planting, "plan_plants", lambda *a: totals.append(a[1]) or plan(*a))
     summary = stream(tmp_path / "x", language_model, text, **options)
+    assert totals == [summary["tokens"]]  # places are drawn from all that will be read
     ids = np.frombuffer((tmp_path / "x" / "ids.bin").read_bytes(), "<u2")
     assert (ids == END).sum() == num_files - 1
     facts = manifest(tmp_path / "x")["facts"]
