@@ -280,10 +280,13 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[st
 
 
 def _start_from(model: TTLModel, config: TrainConfig) -> None:
-    """Take the weights of a model folder; optimiser and data begin afresh."""
+    """Take the weights of a model folder; optimiser and data begin afresh.
+
+    The window and the store's capacity may be other ones: no weight depends on them.
+    """
     found = load_model(config.train.start)
     before, now = flat(found.config), flat(config.model)
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
         if before.get(key) != now.get(key):
             raise Refused(
                 f"model.{key} is {before.get(key)} there and {now.get(key)} here",
