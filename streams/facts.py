@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from wakesleep.streams.families import FAMILIES, HELD_OUT_KINDS, KINDS, TRAINED_KINDS, Family
 from wakesleep.streams.loose_families import LOOSE, loose_families
-from wakesleep.streams.words import load_words, split_of
+from wakesleep.streams.words import Words, load_words, split_of
 
 __all__ = [
     "FAMILIES",
@@ -68,15 +68,22 @@ class FactMaker:
     """Draws facts of one split; none says anything about what an earlier one was about.
 
     Args:
+        words: the words of the split, or some of them.
         similar: share of entities that have a word in common with an earlier one; of persons and
             things that are values, with an entity.
         shared: share of entities about which a fact of another family was drawn; 0: none.
     """
 
     def __init__(
-        self, split: str, draw: random.Random, *, similar: float = 0.0, shared: float = 0.0
+        self,
+        split: str,
+        draw: random.Random,
+        words: Words,
+        *,
+        similar: float = 0.0,
+        shared: float = 0.0,
     ) -> None:
-        self.words = load_words(split)
+        self.words = words
         self.split, self.draw, self.similar, self.shared = split, draw, similar, shared
         self._entities: dict[str, list[tuple[str, str]]] = {}  # by what they are
         self._known: set[tuple[Family | None, tuple[str, str]]] = set()
@@ -298,7 +305,7 @@ def _maker_and_kinds(
     draw = random.Random(f"facts {seed}")
     order = [kinds[index % len(kinds)] for index in range(count)]
     draw.shuffle(order)
-    return FactMaker(split, draw), order
+    return FactMaker(split, draw, load_words(split)), order
 
 
 def _check_kinds(kinds: Sequence[str]) -> None:

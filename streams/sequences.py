@@ -63,6 +63,7 @@ class RecallConfig:
     similar: float = 0.5  # share of entities, and of persons and things that are values, with a
     # word in common with another entity
     shared: float = 0.2  # share of entities of which something else is said, too
+    small_world: float = 0.7  # share of sequences that draw from a small part of all words
     changed_share: float = 0.5  # of the facts of a sequence about changes
     answer_weight: float = 2.0
     language_weight: float = 0.3  # of ordinary text
@@ -75,7 +76,8 @@ class RecallConfig:
             )
         if self.far < 0:
             raise ValueError(f"far must be 0 tokens or more, not {self.far}")
-        for name in ("far_share", "loose_share", "similar", "shared", "changed_share"):
+        shares = ("far_share", "loose_share", "similar", "shared", "small_world", "changed_share")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if not 0 <= self.unknown_share < 1:

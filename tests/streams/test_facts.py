@@ -136,7 +136,7 @@ def test_similar_values_have_a_word_in_common_with_what_facts_are_about(kind, en
     about = "residence" if entity == "person" else "pass_code"
 
     def shares(similar):
-        maker = FactMaker("train", random.Random(4), similar=similar)
+        maker = FactMaker("train", random.Random(4), load_words("train"), similar=similar)
         words = {word for _ in range(50) for word in maker.planted(about).entity.split()}
         if kind == "hiding_place":  # whose entities are things, too
             words |= {word for _ in range(50) for word in maker.planted(kind).entity.split()}
