@@ -72,6 +72,7 @@ class FactMaker:
         similar: share of entities that have a word in common with an earlier one; of persons and
             things that are values, with an entity.
         shared: share of entities about which a fact of another family was drawn; 0: none.
+        restated: share of changes that are said like a first statement; 0: none.
     """
 
     def __init__(
@@ -82,9 +83,11 @@ class FactMaker:
         *,
         similar: float = 0.0,
         shared: float = 0.0,
+        restated: float = 0.0,
     ) -> None:
         self.words = words
         self.split, self.draw, self.similar, self.shared = split, draw, similar, shared
+        self.restated = restated
         self._entities: dict[str, list[tuple[str, str]]] = {}  # by what they are
         self._known: set[tuple[Family | None, tuple[str, str]]] = set()
         self._values: set[tuple[str, str]] = set()
@@ -105,7 +108,9 @@ class FactMaker:
             if value not in values:
                 values.append(value)
         wordings = [self._wording(family.statements)]
-        wordings += [self._wording(family.changes) for _ in range(changes)]
+        for _ in range(changes):
+            again = self.restated and self.draw.random() < self.restated
+            wordings.append(self._wording(family.statements if again else family.changes))
         statements = tuple(
             _fill(wording, entity, value) for wording, value in zip(wordings, values, strict=True)
         )

@@ -145,7 +145,8 @@ class Mixture:
         (sort,) = draw.choices(SORTS, self.config.shares(stage))
         page = Page(self.tokenizer, draw, self.sequence_len, facts)
         words = self._words(step, draw)
-        maker = FactMaker(self.split, draw, words, similar=facts.similar, shared=facts.shared)
+        shares = {name: getattr(facts, name) for name in ("similar", "shared", "restated")}
+        maker = FactMaker(self.split, draw, words, **shares)
         match sort:
             case "pairs":
                 write_pairs(page)

@@ -146,6 +146,17 @@ def test_similar_values_have_a_word_in_common_with_what_facts_are_about(kind, en
     assert shares(0.0) <= 20 and shares(1.0) >= 45
 
 
+def test_a_change_may_be_said_like_a_first_statement():
+    for share in (0.0, 1.0):
+        maker = FactMaker("train", random.Random(5), load_words("train"), restated=share)
+        for fact in [maker.planted("residence", 2) for _ in range(20)]:
+            wordings = FAMILIES["residence"].statements if share else FAMILIES["residence"].changes
+            said = list(zip(fact.statements[1:], fact.values[1:], strict=True))
+            for statement, value in said:
+                assert statement in {w.format(e=fact.entity, v=value) for w in wordings}
+            assert len(said) == 2 and fact.answer == fact.values[-1]
+
+
 def test_every_decade_of_age_gets_the_same_number_of_answers():
     facts = make_facts(256, 0)
     answers = [plant for plant in plan_plants(facts, TOTAL, 0) if plant.is_last]
