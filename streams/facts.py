@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from wakesleep.streams.families import FAMILIES, HELD_OUT_KINDS, KINDS, TRAINED_KINDS, Family
 from wakesleep.streams.loose_families import LOOSE, loose_families
-from wakesleep.streams.words import Words, load_words, split_of
+from wakesleep.streams.words import load_words, split_of
 
 __all__ = [
     "FAMILIES",
@@ -68,9 +68,8 @@ class FactMaker:
     """Draws facts of one split; none says anything about what an earlier one was about.
 
     Args:
-        words: the words of the split, or some of them.
         similar: share of entities that have a word in common with an earlier one; of persons and
-            things that are values, with an entity.
+            things that are values, with an entity or an earlier value.
         shared: share of entities about which a fact of another family was drawn; 0: none.
         restated: share of changes that are said like a first statement; 0: none.
     """
@@ -79,18 +78,18 @@ class FactMaker:
         self,
         split: str,
         draw: random.Random,
-        words: Words,
         *,
         similar: float = 0.0,
         shared: float = 0.0,
         restated: float = 0.0,
     ) -> None:
-        self.words = words
+        self.words = load_words(split)
         self.split, self.draw, self.similar, self.shared = split, draw, similar, shared
         self.restated = restated
         self._entities: dict[str, list[tuple[str, str]]] = {}  # by what they are
         self._known: set[tuple[Family | None, tuple[str, str]]] = set()
         self._values: set[tuple[str, str]] = set()
+        self._said: dict[str, list[tuple[str, str]]] = {}  # persons and things that are values
 
     def planted(self, kind: str, changes: int = 0) -> Fact:
         """Draw a fact of `kind`, stated once and then changed `changes` times."""
@@ -193,8 +192,10 @@ class FactMaker:
         draw, words = self.draw, self.words
         match what:
             case "person" | "thing":
-                earlier = self._entities.get(what, []) if self.similar else []
-                return " ".join(self._new_entity(what, earlier))
+                said = self._said.setdefault(what, [])
+                earlier = self._entities.get(what, []) + said if self.similar else []
+                said.append(self._new_entity(what, earlier))
+                return " ".join(said[-1])
             case "city":
                 return draw.choice(words.cities)
             case "job":
@@ -310,7 +311,7 @@ def _maker_and_kinds(
     draw = random.Random(f"facts {seed}")
     order = [kinds[index % len(kinds)] for index in range(count)]
     draw.shuffle(order)
-    return FactMaker(split, draw, load_words(split)), order
+    return FactMaker(split, draw), order
 
 
 def _check_kinds(kinds: Sequence[str]) -> None:

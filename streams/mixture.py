@@ -28,11 +28,8 @@ from wakesleep.streams.sequences import (
 )
 from wakesleep.streams.stories import write_story
 from wakesleep.streams.tokenizer import Tokenizer
-from wakesleep.streams.words import Words, draw_words, load_words
 
 EXCERPT = 128  # tokens around a hard place
-WORLD_SHARE = 0.15  # of all words in a small world: as many as the test split has
-WORLD_STEPS = 32  # steps before the next one
 SORTS = ("pairs", "dense", "recall", "changes", "stories", "language")
 
 
@@ -144,9 +141,8 @@ class Mixture:
         facts = self.config.facts
         (sort,) = draw.choices(SORTS, self.config.shares(stage))
         page = Page(self.tokenizer, draw, self.sequence_len, facts)
-        words = self._words(step, draw)
         shares = {name: getattr(facts, name) for name in ("similar", "shared", "restated")}
-        maker = FactMaker(self.split, draw, words, **shares)
+        maker = FactMaker(self.split, draw, **shares)
         match sort:
             case "pairs":
                 write_pairs(page)
@@ -159,18 +155,6 @@ class Mixture:
             case "stories":
                 write_story(page, maker.words)
         return page.finish(self._text(draw, hard=sort != "language"))
-
-    def _words(self, step: int, draw: random.Random) -> Words:
-        """All words of the split, or those of a small world that is the same for many steps.
-
-        There, what one lane reads and what others have left in the stores have words in common, as
-        hundreds of facts of one stream do.
-        """
-        words = load_words(self.split)
-        if self.split == "validation" or draw.random() >= self.config.facts.small_world:
-            return words
-        world = random.Random(f"{self.seed} {step // WORLD_STEPS}")
-        return draw_words(words, WORLD_SHARE, world)
 
     def _text(self, draw: random.Random, *, hard: bool) -> np.ndarray:
         """[T] ids: one passage, or excerpts around places that are easily taken for facts."""

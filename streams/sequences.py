@@ -63,7 +63,6 @@ class RecallConfig:
     similar: float = 0.5  # share of entities, and of persons and things that are values, with a
     # word in common with another entity
     shared: float = 0.2  # share of entities of which something else is said, too
-    small_world: float = 0.7  # share of sequences that draw from a small part of all words
     changed_share: float = 0.5  # of the facts of a sequence about changes
     restated: float = 0.3  # share of changes that are said like a first statement
     answer_weight: float = 2.0
@@ -77,8 +76,8 @@ class RecallConfig:
             )
         if self.far < 0:
             raise ValueError(f"far must be 0 tokens or more, not {self.far}")
-        shares = ("far_share", "loose_share", "similar", "shared", "small_world", "changed_share")
-        for name in (*shares, "restated"):
+        shares = ("far_share", "loose_share", "similar", "shared", "changed_share", "restated")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if not 0 <= self.unknown_share < 1:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from functools import cache
 from importlib import resources
 from typing import NamedTuple
@@ -47,8 +46,3 @@ def load_words(split: str) -> Words:
     path = resources.files("wakesleep.streams") / "data" / "words.json"
     lists = json.loads(path.read_text(encoding="utf-8"))
     return Words(*(tuple(w for w in lists[name] if split_of(w) == split) for name in Words._fields))
-
-
-def draw_words(words: Words, share: float, draw: random.Random) -> Words:
-    """Draw a share of every list, one entry at least."""
-    return Words(*(tuple(draw.sample(w, max(1, round(share * len(w))))) for w in words))

@@ -261,25 +261,6 @@ def test_most_questions_are_out_of_the_window_and_some_about_nothing(folder):
     assert 0.25 < 1 - len(ages) / len(answers) < 0.35
 
 
-def test_a_small_world_is_that_of_all_lanes_for_some_steps(folder):
-    """Its lists are as long as those of the test split, whose 256 facts are told apart."""
-
-    def people(steps, **kwargs):
-        data = mixture(folder, "dense", facts_max=4, **kwargs)
-        rows = [data.sequence(step, lane, 0) for step in steps for lane in range(3)]
-        asked_for = re.findall(r"<Q> ([^<]+)<A>", " ".join(text_of(data, r.tokens) for r in rows))
-        first_names = set(load_words("validation" if kwargs.get("validation") else "train")[3])
-        return {word for text in asked_for for word in text.split() if word in first_names}
-
-    small, later = (people(range(*steps), small_world=1.0) for steps in ((0, 32), (32, 64)))
-    whole = people(range(32), small_world=0.0)
-    assert len(small) < 110 < 200 < len(whole)
-    assert len(later) < 110 and len(later & small) < 40
-    assert len(people(range(32), small_world=0.5) - small) > 50
-    kept = [people(range(32), small_world=x, validation=True) for x in (0.0, 1.0)]
-    assert kept[0] == kept[1]
-
-
 def test_a_batch_depends_on_seed_step_and_lane_alone(folder):
     one, other = mixture(folder), mixture(folder)
     other.batch(0, 2)
