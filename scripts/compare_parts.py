@@ -37,6 +37,7 @@ from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.model import ModelConfig, TTLModel
 
 SEGMENT_LEN = StreamConfig().segment_len
+NOTE_EVERY = 5.0  # seconds
 WITHOUT = {  # the last one is what all are compared with
     "full": (),
     "no store": ("store_layers",),
@@ -88,9 +89,13 @@ def measure(language_model: LanguageModel, ids: np.ndarray, warmup: int) -> list
     models = {name: without(language_model, keys) for name, keys in WITHOUT.items()}
     runners = {name: StreamRunner(model) for name, model in models.items()}
     rates: dict[str, list[float]] = {name: [] for name in models}
+    due = time.monotonic() + NOTE_EVERY
     for start in range(0, len(ids), SEGMENT_LEN):
         part = ids[start : start + SEGMENT_LEN]
         segment = Segment(part, part >= NUM_SPECIAL)
+        if time.monotonic() > due:
+            Console().say(f"{start:,} of {len(ids):,} tokens")
+            due = time.monotonic() + NOTE_EVERY
         for name, runner in runners.items():
             begin = time.perf_counter()
             runner.read(segment)

@@ -107,7 +107,7 @@ class FactMaker:
             if value not in values:
                 values.append(value)
         wordings = [self._wording(family.statements)]
-        for _ in range(changes):
+        for _ in range(changes):  # nothing is drawn for a share of 0: old facts stay what they are
             again = self.restated and self.draw.random() < self.restated
             wordings.append(self._wording(family.statements if again else family.changes))
         statements = tuple(

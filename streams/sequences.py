@@ -61,7 +61,7 @@ class RecallConfig:
     loose_share: float = 0.3  # of facts that belong to no family
     unknown_share: float = 0.3  # of questions to which nothing is the answer
     similar: float = 0.5  # share of entities, and of persons and things that are values, with a
-    # word in common with another entity
+    # word in common with an earlier one of either
     shared: float = 0.2  # share of entities of which something else is said, too
     changed_share: float = 0.5  # of the facts of a sequence about changes
     restated: float = 0.3  # share of changes that are said like a first statement

@@ -202,6 +202,13 @@ def test_values_that_changed_are_values_and_no_facts(folder):
     assert text_of(data, row.tokens[row.fact]) == " Rome."
 
 
+@pytest.mark.parametrize("restated", [0.0, 1.0])
+def test_changes_may_be_said_like_first_statements(folder, restated):
+    data = mixture(folder, "changes", changed_share=1.0, restated=restated)
+    text = " ".join(text_of(data, row.tokens) for row in sequences(data))
+    assert (" moved to " in text) == (restated == 0.0)
+
+
 def test_a_value_is_found_behind_an_entity_of_the_same_name(folder):
     data = mixture(folder)
     page = Page(data.tokenizer, random.Random(0), 64, RecallConfig())
