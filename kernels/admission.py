@@ -72,6 +72,26 @@ def admit_fast(score: Tensor, rank: Tensor, new_score: Tensor) -> Admission:
     return Admission(place, candidate, valid)
 
 
+def order_rank(position: Tensor) -> Tensor:
+    """Rank of every stored pair [B, H, S] by position, newest = 0; empty places come last."""
+    order = position.argsort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def rank_after(rank: Tensor, admission: Admission) -> Tensor:
+    """The same once the admitted are in, without sorting: they are newer than all that is stored.
+
+    rank: [B, H, S] int64 as `order_rank` gives it before.
+    """
+    place, valid = admission.place, admission.valid
+    dropped = torch.zeros_like(rank).scatter_(-1, rank.gather(-1, place), valid.long())
+    admitted = valid.sum(-1, keepdim=True)
+    rank = rank + admitted - dropped.cumsum(-1).gather(-1, rank)  # the older a gap, the fewer close
+    newest = admitted - 1 - torch.arange(place.shape[-1], device=rank.device)
+    return rank.scatter_(-1, place, torch.where(valid, newest, rank.gather(-1, place)))
+
+
 def bin_span(position: Tensor, chunk: int) -> Tensor:
     """Tokens per bin, chunk * 2^n, so that `position` [B] tokens fill at most 16 bins."""
     bins = torch.div(position - 1, chunk * NUM_BINS, rounding_mode="floor").clamp(min=0)

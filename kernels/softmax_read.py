@@ -44,12 +44,6 @@ def widen_window_key(k: Tensor, turn: Tensor) -> Tensor:
     return torch.cat([rotate(r, turn), torch.zeros_like(r), c], -1)
 
 
-def widen_stored_key(k: Tensor, turn: Tensor) -> Tensor:
-    """k [..., K] read from the distances of turn (a key behind the query turns backwards)."""
-    r, c = k.split([2 * turn.shape[-1], k.shape[-1] - 2 * turn.shape[-1]], -1)
-    return torch.cat([torch.zeros_like(r), rotate(unit(r), turn, backwards=True), c], -1)
-
-
 def widen_placeless_key(k: Tensor, rotary: int) -> Tensor:
     """k [..., K] that is read like a stored one, from no distance: [..., R + K]."""
     r, c = k.split([rotary, k.shape[-1] - rotary], -1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from wakesleep.streams.language_model import LanguageModel
 from wakesleep.streams.meters import Meters, Span
@@ -19,6 +20,8 @@ from wakesleep.streams.segments import Segment
 from wakesleep.streams.stream_config import StreamConfig
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.state import StreamState, map_state, nbytes
+
+LOSS_ROWS = 128  # tokens whose loss is computed at once
 
 
 class Carried(NamedTuple):
@@ -219,5 +222,10 @@ def _nats(before: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    """Negative log-likelihood [N] of tokens [N] under logits [N, V], in float32 at least.
+
+    A few rows at a time: all of a segment's logits in float32 are larger than any cache.
+    """
+    pieces = zip(logits.split(LOSS_ROWS), tokens.split(LOSS_ROWS), strict=True)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.cat([cross_entropy(part.to(wide), of, reduction="none") for part, of in pieces])

@@ -15,7 +15,7 @@ from wakesleep.kernels.admission import admit_reference, bin_span
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, StreamState, WindowState
 from wakesleep.ttl.store import candidates, empty_store
-from wakesleep.ttl.store_reader import put
+from wakesleep.ttl.store_reader import exchange, put
 
 
 def resize_state(
@@ -66,7 +66,8 @@ def _resize_store(
     pool = pool._replace(**{name: sort(t) for name, t in _places(pool)})
     new = empty_store(store, size)
     chosen = admit_reference(new.score, new.position, pool.score, pool.position, span)
-    return new._replace(**{name: put(t, getattr(pool, name), chosen) for name, t in _places(new)})
+    rows = exchange(chosen, size, pool.position.shape[-1])
+    return new._replace(**{name: put(t, getattr(pool, name), rows) for name, t in _places(new)})
 
 
 def _places(store: StoreState) -> list[tuple[str, Tensor]]:

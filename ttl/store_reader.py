@@ -13,12 +13,21 @@ read (for `PieceReader`: pairs that were in the store at any time of the call).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from wakesleep.kernels.admission import Admission, admit_fast, admit_reference, bin_span
+from wakesleep.kernels.admission import (
+    Admission,
+    admit_fast,
+    admit_reference,
+    bin_span,
+    order_rank,
+    rank_after,
+)
 from wakesleep.kernels.rotary import rotate
-from wakesleep.kernels.softmax_read import unit, widen_stored_key
+from wakesleep.kernels.softmax_read import unit
 from wakesleep.ttl.state import StoreState
 
 
@@ -38,8 +47,11 @@ class BufferReader:
         self.quota, self.state, self.turns, self.rank_table = quota, state, turns, rank_table
         self.owned = False
         B, H, S, K = state.k.shape
-        self.head = head
-        self.buffer = state.k.new_empty(B, H, head + S, K + 2 * turns.shape[-1])
+        self.head, R = head, 2 * turns.shape[-1]
+        self.buffer = state.k.new_zeros(B, H, head + S, K + R)
+        self.buffer[:, :, head:, 2 * R :] = state.k[..., R:]
+        self.direction = unit(state.k[..., :R])  # what turns, before it is turned
+        self.rank = order_rank(state.position)
         self._refresh()
 
     def logits(self, q: Tensor, window: list[Tensor]) -> Tensor:
@@ -71,12 +83,18 @@ class BufferReader:
             if not bool((new.score.amax(-1) > old.score.amin(-1)).any()):
                 return
             chosen = admit_fast(old.score, self.rank, new.score)
-        fields = old._asdict()
-        for name in ("k", "v", "score", "mass", "position", "span"):
-            target = fields[name] if self.owned else fields[name].clone()
-            fields[name] = put(target, getattr(new, name), chosen, inplace=True)
-        self.owned = True
-        self.state = StoreState(**fields)
+        if not self.owned:
+            old = StoreState(*(t.clone(memory_format=torch.contiguous_format) for t in old))
+            self.state, self.owned = old, True
+        rows = exchange(chosen, old.position.shape[-1], new.position.shape[-1])
+        for target, source in zip(old[:-1], new[:-1], strict=True):  # all but the moments
+            put(target, source, rows, inplace=True)
+        R = self.direction.shape[-1]
+        put(self.direction, unit(new.k[..., :R]), rows, inplace=True)
+        behind = rows.target + (rows.target // old.position.shape[-1] + 1) * self.head
+        content = nn.functional.pad(new.k[..., R:], (2 * R, 0))
+        put(self.buffer, content, rows._replace(target=behind), inplace=True)
+        self.rank = rank_after(self.rank, chosen)
         self._refresh()
 
     def add_mass(self, mass: Tensor, into_score: bool) -> None:
@@ -86,15 +104,15 @@ class BufferReader:
         self.state = self.state._replace(mass=self.state.mass + mass, score=score)
 
     def _refresh(self) -> None:
-        """Recompute what follows from the positions: order, fill, and the rotated keys."""
-        position = self.state.position
-        self.rank = order_rank(position)
-        self.count = (position[:, 0] >= 0).sum(-1)  # [B]; heads fill alike
+        """Recompute what follows from the positions: fill, and from how far keys are read."""
+        self.count = (self.state.position[:, 0] >= 0).sum(-1)  # [B]; heads fill alike
         self.used = int(self.count.max())
         self.full = bool((self.count == self.used).all())
-        turn = self.turns[distances(self.rank[..., : self.used], self.rank_table)]
-        stored = widen_stored_key(self.state.k[:, :, : self.used], turn)
-        self.buffer[:, :, self.head : self.head + self.used] = stored
+        distance = distances(self.rank[..., : self.used], self.rank_table)
+        turn = self.turns.index_select(0, distance.flatten()).unflatten(0, distance.shape)
+        turned = rotate(self.direction[:, :, : self.used], turn, backwards=True)
+        R = turned.shape[-1]
+        self.buffer[:, :, self.head : self.head + self.used, R : 2 * R] = turned
 
 
 class PieceReader:
@@ -135,7 +153,9 @@ class PieceReader:
         fields = {}
         for name in ("k", "v", "span"):
             pairs = torch.cat([getattr(piece, name) for piece in self.pieces], 2)
-            fields[name] = pairs.gather(2, _rows(self.number, pairs))
+            number = _row_number(self.number, pairs.shape[2]).flatten()
+            pairs = pairs.flatten(0, 2).index_select(0, number)
+            fields[name] = pairs.unflatten(0, self.number.shape)
         return old._replace(**fields)
 
     def admit(self, new: StoreState, end: Tensor, chunk: int) -> None:
@@ -148,10 +168,11 @@ class PieceReader:
             self._begin_with(self.state)
         before = sum(piece.k.shape[2] for piece in self.pieces)
         number = before + torch.arange(new.k.shape[2], device=new.k.device)
-        self.score = put(self.score, new.score, chosen)
-        self.mass = put(self.mass, new.mass, chosen)
-        self.position = put(self.position, new.position, chosen)
-        self.number = put(self.number, number.expand(new.position.shape), chosen)
+        rows = exchange(chosen, self.position.shape[-1], new.position.shape[-1])
+        self.score = put(self.score, new.score, rows)
+        self.mass = put(self.mass, new.mass, rows)
+        self.position = put(self.position, new.position, rows)
+        self.number = put(self.number, number.expand(new.position.shape), rows)
         like = self.pieces[0]
         new = new._replace(k=new.k.to(like.k.dtype), v=new.v.to(like.v.dtype))
         self.pieces.append(new)
@@ -199,13 +220,6 @@ class PieceReader:
         self.full = not bool(self.empty.any())
 
 
-def order_rank(position: Tensor) -> Tensor:
-    """Rank of every stored pair [B, H, S] by position, newest = 0; empty places come last."""
-    order = position.argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(position.shape[-1], device=position.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks)
-
-
 def distances(rank: Tensor, rank_table: Tensor | None) -> Tensor:
     """Distances behind the window of ranks [B, H, L]; see `BufferReader` for the table."""
     if rank_table is None:
@@ -213,16 +227,39 @@ def distances(rank: Tensor, rank_table: Tensor | None) -> Tensor:
     return rank_table[:, None].expand(-1, rank.shape[1], -1).gather(-1, rank)
 
 
-def put(target: Tensor, source: Tensor, admission: Admission, inplace: bool = False) -> Tensor:
-    """Write admitted rows of source [B, H, C, ...] over freed rows of target [B, H, S, ...]."""
-    place = _rows(admission.place, target)
-    valid = admission.valid.view(*admission.valid.shape, *[1] * (target.dim() - 3))
-    new = source.gather(2, _rows(admission.candidate, source)).to(target.dtype)
-    new = torch.where(valid, new, target.gather(2, place))
-    return target.scatter_(2, place, new) if inplace else target.scatter(2, place, new)
+class Exchange(NamedTuple):
+    """The pairs that are really exchanged; rows of all lanes and heads are numbered through."""
+
+    target: Tensor  # [N] int64 row of the store, all different
+    source: Tensor  # [N] int64 row of the candidates
 
 
-def _rows(index: Tensor, x: Tensor) -> Tensor:
-    """An index [B, H, N] of places, as one of whole rows of x [B, H, S, ...]."""
-    index = index.view(*index.shape, *[1] * (x.dim() - 3))
-    return index.expand(-1, -1, -1, *x.shape[3:])
+def exchange(admission: Admission, places: int, offered: int) -> Exchange:
+    """The rows of an admission to a store of `places` from `offered` candidates."""
+    valid = admission.valid
+    target, source = (
+        _row_number(index, size)[valid]
+        for index, size in ((admission.place, places), (admission.candidate, offered))
+    )
+    return Exchange(target, source)
+
+
+def put(target: Tensor, source: Tensor, rows: Exchange, inplace: bool = False) -> Tensor:
+    """Write rows of source [B, H, C, ...] over those of target [B, H, S, ...].
+
+    Not by `scatter`: on a CPU it turns the whole of a bfloat16 target into float32 and back.
+
+    inplace: overwrite the target, which must be contiguous.
+    """
+    new = source.flatten(0, 2).index_select(0, rows.source).to(target.dtype)
+    if inplace:
+        target.view(-1, *target.shape[3:]).index_copy_(0, rows.target, new)
+        return target
+    return target.flatten(0, 2).index_copy(0, rows.target, new).view(target.shape)
+
+
+def _row_number(index: Tensor, places: int) -> Tensor:
+    """An index [B, H, N] of places as rows of all lanes and heads, `places` each."""
+    B, H, _ = index.shape
+    first = torch.arange(0, B * H * places, places, device=index.device)
+    return index + first.view(B, H, 1)

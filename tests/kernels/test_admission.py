@@ -5,18 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wakesleep.kernels.admission import NUM_BINS, admit_fast, admit_reference, bin_span
+from wakesleep.kernels.admission import (
+    NUM_BINS,
+    admit_fast,
+    admit_reference,
+    bin_span,
+    order_rank,
+    rank_after,
+)
 
 
 def offer(store, new, form, span=None):
     """One boundary: store and new are (score, position); returns the store after it."""
     score, position = store
     if form == "fast":
-        order = position.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(
-            -1, order, torch.arange(order.shape[-1]).expand_as(order)
-        )
-        chosen = admit_fast(score, rank, new[0])
+        chosen = admit_fast(score, order_rank(position), new[0])
     else:
         chosen = admit_reference(score, position, new[0], new[1], span)
     result = []
@@ -69,6 +72,36 @@ def test_fast_form_agrees_with_the_reference_place_by_place(levels):
     for new in stream(2, 30, 5, levels=levels):
         slow, fast = offer(slow, new, "reference"), offer(fast, new, "fast")
         assert torch.equal(slow[1], fast[1]) and torch.equal(slow[0], fast[0])
+
+
+def test_ranks_count_from_the_newest_and_empty_places_come_last():
+    position = torch.stack([torch.randperm(50) for _ in range(6)]).view(2, 3, 50)
+    position = torch.where(position < 7, -1, position * 10**9)
+    rank = order_rank(position)
+    for b in range(2):
+        for h in range(3):
+            row = position[b, h].tolist()
+            newest_first = sorted((p for p in row if p >= 0), reverse=True)
+            assert [row[i] for i in rank[b, h].argsort().tolist()][: 50 - 7] == newest_first
+            assert sorted(rank[b, h].tolist()) == list(range(50))
+
+
+@pytest.mark.parametrize("places", [1, 3, 8, 20])
+@pytest.mark.parametrize("levels", [None, 1], ids=["distinct", "ties"])
+def test_ranks_that_are_carried_on_are_those_of_the_positions(places, levels):
+    score, position = empty(places)
+    rank, exchanged = order_rank(position), 0
+    for new_score, new_position in stream(5, 40, 5, levels=levels):
+        chosen = admit_fast(score, rank, new_score)
+        rank = rank_after(rank, chosen)
+        for old, new in ((score, new_score), (position, new_position)):
+            value = torch.where(
+                chosen.valid, new.gather(-1, chosen.candidate), old.gather(-1, chosen.place)
+            )
+            old.scatter_(-1, chosen.place, value)
+        assert torch.equal(rank, order_rank(position))
+        exchanged += int(chosen.valid.sum())
+    assert exchanged > 6 * places
 
 
 def test_places_fill_from_zero_upwards():
