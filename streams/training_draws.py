@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wakesleep.streams.training_config import TrainConfig
 
+SPARE = 256  # distractors before a sequence that its own pairs may push out
 KEY = 0x57EB  # keeps these draws apart from those of the data with the same seed and number
 
 
@@ -24,7 +25,7 @@ class Draw(NamedTuple):
     passes: bool  # before each segment, other text passes as in a long stream
     orders: tuple[Tensor | None, ...]  # per segment [B, n] int64 distractors before it; -1 = none
     jumps: tuple[int, ...]  # per segment, positions that the distractors take
-    rank_table: Tensor | None  # [B, S] int64 increasing distances of the ranks 0..S-1
+    rank_table: Tensor | None  # [B, S] int64 distances of the ranks 0..S-1, see `_spread`
 
     def to(self, device: torch.device) -> Draw:
         """The draw with its tensors on a device."""
@@ -60,7 +61,9 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
     capacity = step.sequence_len + int(levels.max()) if keep_all else drawn
     ranks = None
     if admission.rank_max:
-        ranks = _spread(rng, step.lanes, capacity or places, admission.rank_max)
+        older = 0 if orders[0] is None else (orders[0] >= 0).sum(1).numpy()
+        spare = np.maximum(0, older - SPARE) + np.zeros(step.lanes, np.int64)
+        ranks = _spread(rng, spare, capacity or places, admission.rank_max)
     return Draw(capacity, window, keep_all, passes, orders, jumps, ranks)
 
 
@@ -106,16 +109,20 @@ def _distractors(rng, config: TrainConfig, levels: np.ndarray, waiting: int):
     return tuple(orders), tuple(jumps)
 
 
-def _spread(rng, lanes: int, places: int, rank_max: int) -> Tensor:
-    """Increasing distances [B, S] below rank_max, without ties, over a random range in each lane.
+def _spread(rng, spare: np.ndarray, places: int, rank_max: int) -> Tensor:
+    """Distances [B, S] below rank_max, without ties, over a random range in each lane.
 
-    The stores of a training step are mostly empty: half of the ranges begin at a random distance,
-    or the far ones would hardly ever be read.
+    They increase, but a random part of the `spare` [B] oldest, distractors that nobody asks for,
+    come before all others, as if they were newer. The stores of a training step are mostly empty,
+    and what a step reads is what it has just stored; half of the ranges begin at a random distance,
+    too. Otherwise the far distances would hardly ever be read, and which of two far pairs is the
+    later one would never be asked.
     """
-    table = np.tile(np.arange(places), (lanes, 1))
-    if places < rank_max:
-        for row in table:
+    table = np.tile(np.arange(places), (len(spare), 1))
+    for row, most in zip(table, spare, strict=True):
+        if places < rank_max:
             span = int(places * (rank_max / places) ** rng.random())
             first = int(rng.integers(rank_max - span + 1)) * int(rng.integers(2))
             row[:] = first + np.sort(rng.permutation(span)[:places])
+        row[:] = np.roll(row, -int(rng.integers(most + 1)))
     return torch.from_numpy(table)

@@ -9,7 +9,7 @@ import torch
 
 from wakesleep.streams.config import load_config
 from wakesleep.streams.training_config import OptimConfig, TrainConfig
-from wakesleep.streams.training_draws import draw_step
+from wakesleep.streams.training_draws import SPARE, draw_step
 
 FACTS = np.array([0, 4, 8])  # tokens of three lanes
 RECIPES = sorted(entry.name for entry in files("wakesleep.configs").iterdir())
@@ -105,6 +105,22 @@ def test_stored_distances_are_spread_without_ties():
     assert 0.3 < (tables[:, 0] > 64).float().mean() < 0.6  # others begin near
     full = config(capacities=[1024], rank_max=512)
     assert torch.equal(draw_step(full, 0, 0, FACTS).rank_table[0], torch.arange(1024))
+
+
+def test_distractors_before_a_sequence_may_be_read_as_newer_than_it():
+    drawing = config(
+        capacities=[1024], rank_max=2048, keep_all_share=0, distractor_share=1, full_share=0
+    )
+    newer = []
+    for number in range(100):
+        draw = draw_step(drawing, number, 1000, FACTS)
+        older = [0] * 3 if draw.orders[0] is None else (draw.orders[0] >= 0).sum(1).tolist()
+        for row, dealt in zip(draw.rank_table, older, strict=True):
+            first = int(row.argmin())  # the wrap, or no wrap at all
+            newer.append((1024 - first) % 1024)
+            assert newer[-1] <= max(0, dealt - SPARE)
+            assert (row.roll(-first).diff() > 0).all()
+    assert max(newer) > 150 and min(newer) == 0
 
 
 @pytest.mark.parametrize("name", RECIPES)
