@@ -1,6 +1,7 @@
 """Save a state to one file and read it back, bit for bit.
 
-The file is safetensors with the dotted names of ttl/state.py, so that other programs can open it.
+The file is safetensors with the dotted names of ttl/state.py, so that other programs can open it;
+bfloat16, which numpy does not know, is written as float32, and is the same again when it is read.
 It is written here, with names in a fixed order: equal states give equal bytes, and equal hashes.
 """
 
@@ -32,13 +33,16 @@ def save_state(path: str | Path, state: Tree, header: Mapping[str, str]) -> None
 def write_state(file: BinaryIO, state: Tree, header: Mapping[str, str]) -> None:
     """Write `state` to an open file; tensors go one by one, so that memory stays flat."""
     # Widest numbers first: every tensor then starts at a multiple of its own width.
-    tensors = sorted(flatten(state).items(), key=lambda item: (-item[1].element_size(), item[0]))
+    tensors = sorted(
+        flatten(state).items(), key=lambda item: (-_stored(item[1].dtype).itemsize, item[0])
+    )
     table: dict = {"__metadata__": {**header, "kind": KIND, "schema": str(SCHEMA)}}
     end = 0
     for name, tensor in tensors:
-        begin, end = end, end + tensor.numel() * ITEM_BYTES[DTYPE_NAMES[tensor.dtype]]
+        dtype = DTYPE_NAMES[_stored(tensor.dtype)]
+        begin, end = end, end + tensor.numel() * ITEM_BYTES[dtype]
         table[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": dtype,
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -67,8 +71,10 @@ def load_state(path: str | Path, like: Tree) -> tuple[Tree, dict[str, str]]:
 
 def read_state(file: BinaryIO, like: Tree, where: str) -> tuple[Tree, dict[str, str]]:
     """Read an open file as `load_state` does; `where` names it in errors."""
-    expected = {name: Expected(tuple(t.shape), [t.dtype]) for name, t in flatten(like).items()}
+    wanted = flatten(like)
+    expected = {n: Expected(tuple(t.shape), [_stored(t.dtype)]) for n, t in wanted.items()}
     tensors, header = read_tensors(file, expected, where)
+    tensors = {name: t.to(wanted[name].dtype) for name, t in tensors.items()}
     found = header.pop("kind", None), header.pop("schema", None)
     if found != (KIND, str(SCHEMA)):
         raise ValueError(
@@ -78,6 +84,11 @@ def read_state(file: BinaryIO, like: Tree, where: str) -> tuple[Tree, dict[str, 
     return unflatten(like, tensors), header
 
 
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in the file."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
 def _bytes(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().cpu().contiguous()
+    plain = tensor.detach().cpu().to(_stored(tensor.dtype)).contiguous()
     return memoryview(plain.view(-1).view(torch.uint8).numpy())
