@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from wakesleep.streams.quantities import count, rounded
-from wakesleep.streams.results import by_decade, decade_name
+from wakesleep.streams.results import Fact, by_decade, by_training, decade_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def draw_plots(folder: Path) -> list[Path]:
         "reading.png": reading_figure([json.loads(line) for line in lines], summary["resumed_at"])
     }
     if summary["facts"]:
-        figures["recall.png"] = recall_figure(recall_by_age(summary["facts"]))
+        figures["recall.png"] = recall_figure(*map(recall_by_age, by_training(summary["facts"])))
     if held := stored_positions(state):
         planted = [summary["tokens"] - fact["age_tokens"] for fact in summary["facts"]]
         figures["store.png"] = store_figure(held, summary["tokens"], planted)
@@ -79,7 +79,7 @@ def stored_positions(state: Path) -> dict[int, np.ndarray]:
     return dict(sorted(held.items()))
 
 
-def recall_by_age(facts: Sequence[Mapping[str, Any]]) -> list[Recall]:
+def recall_by_age(facts: Sequence[Fact]) -> list[Recall]:
     """Recall per decade of age, youngest first, with Wilson's interval."""
     return [
         Recall(power, right, asked, *wilson(right, asked))
@@ -148,32 +148,40 @@ def reading_figure(lines: Sequence[Mapping[str, Any]], resumed_at: Sequence[int]
     return figure
 
 
-def recall_figure(recalls: Sequence[Recall]) -> Figure:
-    """Recall over age, a point per decade at its middle, with interval and number asked."""
+def recall_figure(trained: Sequence[Recall], held_out: Sequence[Recall] = ()) -> Figure:
+    """Recall over age, a point per decade at its middle, with interval and number asked.
+
+    Families of facts that training holds out are a curve of their own.
+    """
     figure, (ax,) = _figure()
-    x = np.array([10 ** (recall.decade + 0.5) for recall in recalls])
-    share = np.array([recall.right / recall.asked for recall in recalls])
-    reach = [
-        share - [recall.low for recall in recalls],
-        [recall.high for recall in recalls] - share,
-    ]
-    ax.errorbar(
-        x, 100 * share, 100 * np.abs(reach), color=BLUE, marker="o", lw=1.8, elinewidth=1, capsize=4
-    )
-    for recall, at, y in zip(recalls, x, 100 * share, strict=True):
-        ax.annotate(
-            f"{recall.right} of {recall.asked}", (at, y), (8, 8), textcoords="offset points"
-        )
+    curves = [("kinds of facts in training", BLUE, trained), ("held out of it", GREY, held_out)]
+    curves = [curve for curve in curves if curve[2]]
+    for label, colour, recalls in curves:
+        _recall_curve(ax, label, colour, recalls)
+    decades = sorted({recall.decade for *_, recalls in curves for recall in recalls})
     ax.set_xscale("log")
-    ax.set_xlim(10 ** recalls[0].decade, 10 ** (recalls[-1].decade + 1))
-    ax.set_xticks(x, [decade_name(recall.decade) for recall in recalls])
+    ax.set_xlim(10 ** decades[0], 10 ** (decades[-1] + 1))
+    ax.set_xticks([10 ** (d + 0.5) for d in decades], [decade_name(d) for d in decades])
     ax.minorticks_off()
     ax.set_ylim(-3, 112)
     ax.set_yticks(range(0, 101, 20))
     ax.set_xlabel("age of the fact when it was asked (tokens)")
     ax.set_ylabel("planted facts answered right (%)")
     ax.set_title("What is still known (bars: 95 % interval)", loc="left")
+    if len(curves) > 1:
+        _legend(ax)
     return figure
+
+
+def _recall_curve(ax: Axes, label: str, colour: str, recalls: Sequence[Recall]) -> None:
+    x = [10 ** (recall.decade + 0.5) for recall in recalls]
+    share = np.array([recall.right / recall.asked for recall in recalls])
+    reach = np.abs([share - [r.low for r in recalls], [r.high for r in recalls] - share])
+    look = {"color": colour, "label": label, "marker": "o", "lw": 1.8}
+    ax.errorbar(x, 100 * share, 100 * reach, elinewidth=1, capsize=4, **look)
+    for recall, at, y in zip(recalls, x, 100 * share, strict=True):
+        text = f"{recall.right} of {recall.asked}"
+        ax.annotate(text, (at, y), (8, 8), textcoords="offset points", color=colour)
 
 
 def store_counts(held: Mapping[int, np.ndarray], tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from wakesleep.streams.console import shortened
+from wakesleep.streams.families import HELD_OUT_KINDS
 from wakesleep.streams.quantities import count, duration, rounded, size
 
 YOUNGEST_DECADE = 3  # ages under 1,000 tokens, inside the window or just beyond, are one row
 BAR = 20  # columns
+
+Fact = Mapping[str, Any]  # a row of `facts` in summary.json
 
 
 def final_table(folder: Path, summary: Mapping[str, Any]) -> str:
@@ -44,7 +47,7 @@ def final_table(folder: Path, summary: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *_columns(rows)])
 
 
-def next_command(folder: Path, facts: Sequence[Mapping[str, Any]]) -> str:
+def next_command(folder: Path, facts: Sequence[Fact]) -> str:
     """The command to type now: one of the planted facts, or the prompt."""
     command = f"wakesleep ask {shlex.quote(shortened(str(folder), 200))}"
     known = next((fact for fact in facts if fact["correct"]), None)
@@ -63,7 +66,7 @@ def decade_name(power: int) -> str:
     return f"{rounded(10**power)} to {rounded(10 ** (power + 1))}"
 
 
-def by_decade(facts: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+def by_decade(facts: Sequence[Fact]) -> dict[int, tuple[int, int]]:
     """(right, asked) by decade of age, youngest first."""
     groups: dict[int, tuple[int, int]] = {}
     for fact in sorted(facts, key=lambda fact: fact["age_tokens"]):
@@ -73,13 +76,36 @@ def by_decade(facts: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
     return groups
 
 
-def _by_age(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+def by_training(facts: Sequence[Fact]) -> tuple[list[Fact], list[Fact]]:
+    """Facts of the families that models are trained on, and of those that training holds out.
+
+    What the first ones tell is memory; the others also ask whether a kind of question that was
+    never practised is understood.
+    """
+    trained = [fact for fact in facts if fact["kind"] not in HELD_OUT_KINDS]
+    return trained, [fact for fact in facts if fact["kind"] in HELD_OUT_KINDS]
+
+
+def _by_age(facts: Sequence[Fact]) -> list[str]:
+    """A row per decade of age; families never trained on are one row of all ages, with a note."""
+    trained, held_out = by_training(facts)
     lines = [f"  {'age in tokens':<14}{'right':>6}{'asked':>7}"]
-    for power, (right, asked) in by_decade(facts).items():
-        bar = "#" * round(BAR * right / asked)
-        share = f"{100 * right / asked:.0f} %"
-        lines.append(f"  {decade_name(power):<14}{right:>6}{asked:>7}{share:>7}  {bar}".rstrip())
+    groups = by_decade(trained or held_out)
+    lines += [_row(decade_name(power), *counts) for power, counts in groups.items()]
+    if trained and held_out:
+        names = ", ".join(sorted({fact["kind"] for fact in held_out}))
+        right = sum(bool(fact["correct"]) for fact in held_out)
+        lines.append(_row("held out", right, len(held_out)))
+        lines += [
+            "",
+            f"  held out: kinds of facts that are in no training data ({names}), all ages",
+        ]
     return lines
+
+
+def _row(name: str, right: int, asked: int) -> str:
+    bar, share = "#" * round(BAR * right / asked), f"{100 * right / asked:.0f} %"
+    return f"  {name:<14}{right:>6}{asked:>7}{share:>7}  {bar}".rstrip()
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -20,6 +20,7 @@ from wakesleep.streams.plots import (
     stored_positions,
     wilson,
 )
+from wakesleep.streams.results import by_training
 
 
 def metrics(n: int, **other) -> list[dict]:
@@ -30,7 +31,10 @@ def metrics(n: int, **other) -> list[dict]:
 
 
 def facts(*ages_and_correct) -> list[dict]:
-    return [{"age_tokens": age, "correct": correct} for age, correct in ages_and_correct]
+    return [
+        {"kind": "owner", "age_tokens": age, "correct": correct}
+        for age, correct in ages_and_correct
+    ]
 
 
 def labels(figure) -> list[str]:
@@ -93,6 +97,18 @@ def test_recall_is_drawn_by_decade_of_age_with_the_number_asked():
     assert ax.get_xscale() == "log" and [t.get_text() for t in ax.texts] == ["2 of 3", "1 of 1"]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1k to 10k", "1M to 10M"]
     assert ax.get_ylabel().endswith("(%)") and ax.get_xlabel().endswith("(tokens)")
+
+
+def test_kinds_that_training_holds_out_are_a_curve_of_their_own():
+    trained, held_out = facts((2_000, True), (3_000_000, True)), facts((5_000, False))
+    held_out[0]["kind"] = "cargo"
+    figure = recall_figure(*map(recall_by_age, by_training(trained + held_out)))
+    ax = figure.axes[0]
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["kinds of facts in training", "held out of it"]
+    assert [t.get_text() for t in ax.texts] == ["1 of 1", "1 of 1", "0 of 1"]
+    alone = recall_figure(*map(recall_by_age, by_training(held_out))).axes[0]
+    assert [t.get_text() for t in alone.texts] == ["0 of 1"] and alone.get_legend() is None
 
 
 def test_every_place_of_the_store_is_counted_once_where_it_came_from():

@@ -41,6 +41,7 @@ SUMMARY = {
 
 def fact(age: int, correct: bool = True, **other) -> dict:
     return {
+        "kind": "residence",
         "question": "Where does Ann Reed live?",
         "answer": "Rome",
         "predicted": " Rome" if correct else " Oslo",
@@ -175,6 +176,19 @@ def test_the_table_tells_speed_memory_loss_recall_and_what_is_next(tmp_path):
     assert ["1M", "to", "10M", "1", "1", "100", "%", "#" * 20] in rows
     assert ["session", str(tmp_path)] in rows and ["plots", "store.png"] in rows
     assert lines[-1].endswith(f'wakesleep ask {tmp_path} "Where does Ann Reed live?"')
+
+
+def test_kinds_that_training_holds_out_are_a_row_of_their_own(tmp_path):
+    kinds = [("owner", True), ("cargo", False), ("extension", True)]
+    facts = [fact(2_000, right, kind=kind) for kind, right in kinds]
+    lines = table(tmp_path, facts=facts)
+    rows = [line.split() for line in lines]
+    assert any("2 of 3 right" in line for line in lines)
+    assert ["1k", "to", "10k", "1", "1", "100", "%", "#" * 20] in rows
+    assert ["held", "out", "1", "2", "50", "%", "#" * 10] in rows
+    assert any("(cargo, extension)" in line for line in lines)
+    alone = "\n".join(table(tmp_path, facts=facts[1:]))
+    assert "held out" not in alone and "1k to 10k" in alone
 
 
 def test_the_table_without_facts_or_measured_loss_is_whole(tmp_path):
