@@ -117,8 +117,9 @@ def _products(gate: Tensor) -> tuple[Tensor, Tensor]:
     """Products of gate [X, n] over (i, t] as [X, t, i], 0 for i > t, and over [0, t] as [X, t]."""
     total = gate.clamp(min=torch.finfo(gate.dtype).eps ** 2).log().cumsum(-1)
     gap = total[..., :, None] - total[..., None, :]
-    above = torch.full_like(gap[0], -math.inf).triu(1)  # added before exp, which would overflow
-    return (gap + above).exp(), total.exp()
+    # What lies above the diagonal would overflow. It is set to 0 before exp, for an infinity costs
+    # the vector code of a CPU three times as much as a number.
+    return gap.clamp(max=0).exp().tril(), total.exp()
 
 
 def _split(product: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
