@@ -40,7 +40,7 @@ from wakesleep.streams.config import load_config
 from wakesleep.streams.console import Console
 from wakesleep.streams.documents import open_document
 from wakesleep.streams.errors import Refused
-from wakesleep.streams.language_model import LanguageModel, load_language_model
+from wakesleep.streams.language_model import LanguageModel, load_language_model, pick_dtype
 from wakesleep.streams.planting import BUNDLED
 from wakesleep.streams.progress import Progress
 from wakesleep.streams.reading import METRICS_EVERY
@@ -66,6 +66,7 @@ class RobustnessConfig:
     clean_tokens: int = 50_000  # of text afterwards
     seed: int = 0
     threads: int | None = None  # CPU threads; none: as many as torch takes
+    dtype: str = "auto"  # as `wakesleep stream` picks it
 
     def __post_init__(self) -> None:
         for name in ("tokens", "clean_tokens"):
@@ -205,7 +206,8 @@ def run(config: RobustnessConfig, output: Path, console: Console) -> list[dict[s
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    language_model = load_language_model(config.model, device="cpu")
+    dtype = pick_dtype(config.dtype, torch.device("cpu"))
+    language_model = load_language_model(config.model, dtype=dtype, device="cpu")
     reader = open_tokens(open_document(config.document), language_model.tokenizer)
     ids = reader.read(config.tokens + config.clean_tokens).astype(np.int64)
     if len(ids) < config.tokens + config.clean_tokens:
@@ -217,6 +219,7 @@ def run(config: RobustnessConfig, output: Path, console: Console) -> list[dict[s
         "tokens": config.tokens,
         "clean_tokens": config.clean_tokens,
         "seed": config.seed,
+        "dtype": dtype,
     }
     output.mkdir(parents=True, exist_ok=True)
     path = output / "robustness.json"
@@ -234,7 +237,7 @@ def run(config: RobustnessConfig, output: Path, console: Console) -> list[dict[s
 def main() -> None:
     """Read the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("keys", nargs="*", help="model=DIR tokens=1M document=FILE threads=N ...")
+    parser.add_argument("keys", nargs="*", help="model=DIR tokens=1M dtype=float32 threads=N ...")
     parser.add_argument("--output", default=Path("runs/robustness"), type=Path, help="folder")
     args = parser.parse_args()
     try:
