@@ -64,8 +64,9 @@ class StreamModule(lightning.LightningModule):
             raise RuntimeError(f"data and memory are out of step: {batch.cursor}, {self.cursor}")
         draw = self._draw(batch.cursor, batch)
         start = self._start(draw, self.state)
-        admission = self.config.admission
-        read = unroll(self.model, batch, start, draw, self.pool, admission.threshold)
+        admission, recompute = self.config.admission, self.config.train.recompute
+        floor = admission.threshold
+        read = unroll(self.model, batch, start, draw, self.pool, floor, recompute)
         tokens = self._next_token(read, batch)
         loss = tokens.loss
         if draw.keep_all and self.config.tokens_before(batch.cursor) >= admission.teach_tokens:

@@ -5,6 +5,7 @@ Shapes: B lanes, T tokens per lane and step, K segments of S = T / K tokens, D m
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from wakesleep.streams.distractors import Pool, inject, remember
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_draws import Draw
 from wakesleep.ttl.model import TTLModel
+from wakesleep.ttl.recompute import recomputed
 from wakesleep.ttl.state import StreamState
 
 
@@ -41,12 +43,20 @@ def unroll(
     draw: Draw,
     pool: Pool,
     read_floor: float = 0.0,
+    recompute: str = "none",
 ) -> Unrolled:
     """Read the K segments of a batch; gradient flows through the state from each to the next.
 
     A lane whose document starts with a segment is reset before it, and no other lane is. On a step
     that keeps everything, what recalled answers read is booked as the `mass` of the store.
+
+    Args:
+        read_floor: smaller shares of a query's attention are not booked.
+        recompute: what the backward pass computes again instead of finding it kept: "none", "chunk"
+            (reads and writes, chunk by chunk) or "segment" (everything between two states).
     """
+    by_chunk = partial(model, recompute=recompute == "chunk")
+    read = recomputed(model) if recompute == "segment" else by_chunk
     K = batch.reset.shape[1]
     S = batch.tokens.shape[1] // K
     window = model.window_of(state)
@@ -67,7 +77,7 @@ def unroll(
         position.append(state.position[:, None] + columns)
         stored.append(position[-1])
         lengths = batch.lengths[:, k]
-        x, state, stats = model(
+        x, state, stats = read(
             batch.tokens[:, here],
             state,
             None if bool((lengths == S).all()) else lengths,

@@ -17,6 +17,7 @@ logits scaled with the log of the number of visible keys, as in SSMax (arXiv 250
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from wakesleep.kernels.softmax_read import (
     widen_window_key,
 )
 from wakesleep.ttl.grid import Grid, carry, gather, scatter
+from wakesleep.ttl.recompute import recomputed
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, WindowState
 from wakesleep.ttl.store import ExactStore, StoreConfig, candidates, z_scores
 from wakesleep.ttl.store_reader import BufferReader, PieceReader
@@ -58,6 +60,7 @@ class AttentionInput(NamedTuple):
     read_weight: Tensor | None  # [B, T] how much each query's reads count as read mass
     rank_table: Tensor | None  # [B, S] int64 increasing distances of the ranks, None = 0..S-1
     read_floor: float = 0.0  # smaller shares of one query's attention count as no reading
+    recompute: bool = False  # reads and writes of a chunk are done again in the backward pass
 
 
 class WindowAttention(nn.Module):
@@ -228,13 +231,16 @@ class WindowAttention(nn.Module):
         if store is not None:
             of = (self.store.config.quota, store, turns[W + C :], given.rank_table)
             reader = BufferReader(*of, self._front + W + C) if fast else PieceReader(*of)
+        again = given.recompute and not fast
+        read_chunk = recomputed(self._read_chunk) if again else self._read_chunk
         values, score = [], frame.score
         for n in range(N):
             at = slice(n * C, n * C + W + C)  # what the window shows during chunk n
             here = slice(n * C, (n + 1) * C)
             live = frame.live[:, at]
             parts = (q[:, :, here], k[:, :, at], v[:, :, at], live)
-            y, p = self._read_chunk(*parts, reader, page, n)
+            seen = copy(reader) if again else reader  # as it is now, for the second time
+            y, p = read_chunk(*parts, seen, page, n)
             values.append(y)
             if weight is not None:
                 p = p.detach().float()

@@ -77,10 +77,11 @@ class Block(nn.Module):
         match self.combine:
             case "mag":
                 h = self.norm(x)
-                m, memory, wrote = self.memory(h, state.memory, grid, given.live)
+                m, memory, wrote = self.memory(h, state.memory, grid, given.live, given.recompute)
                 x, read = x + m, h
             case "mal":
-                m, memory, wrote = self.memory(self.memory_norm(x), state.memory, grid, given.live)
+                h = self.memory_norm(x)
+                m, memory, wrote = self.memory(h, state.memory, grid, given.live, given.recompute)
                 x = x + m
                 read = self.norm(x)
             case "mac":
@@ -115,6 +116,6 @@ class Block(nn.Module):
             h, state.window, state.store, piece.chunks, given, page=view
         )
         gate = 2 * self.memory.read(y, memory).sigmoid()  # 1 for a memory with nothing to say
-        memory, wrote = self.memory.append(y, memory, pages, given.live)
+        memory, wrote = self.memory.append(y, memory, pages, given.live, given.recompute)
         page = carry(pages, kv).to(state.page.dtype)
         return y * gate, BlockState(window, store, memory, state.fast, page), wrote

@@ -157,7 +157,7 @@ class NeuralMemory(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: MemoryState, grid: Grid, live: Tensor
+        self, x: Tensor, state: MemoryState, grid: Grid, live: Tensor, recompute: bool = False
     ) -> tuple[Tensor, MemoryState, WriteStats]:
         """Read and write x [B, T, D]; every token reads the memory that has learned it.
 
@@ -166,6 +166,7 @@ class NeuralMemory(nn.Module):
 
         Args:
             live: [B, T] bool; other rows count as zeros and are not written.
+            recompute: do the work of each chunk again in the backward pass.
 
         Returns:
             y [B, T, D], the next state, WriteStats.
@@ -179,7 +180,7 @@ class NeuralMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             q, page = self._unit(q), self._fill(state, grid, k, v, gates, live)
             q = scatter(grid, q, torch.zeros_like(state.k))
-            run, state = self._run(q, page, state, grid.closed, grid)
+            run, state = self._run(q, page, state, grid, recompute)
             y = gather(grid, self._from_chunks(run.y), T)
             stats = self._stats(run, grid, T)
         return self._emit(y, gate, x.dtype), state._replace(tail=tail), stats
@@ -198,13 +199,14 @@ class NeuralMemory(nn.Module):
         return self._emit(y, gate, x.dtype)
 
     def append(
-        self, x: Tensor, state: MemoryState, grid: Grid, live: Tensor
+        self, x: Tensor, state: MemoryState, grid: Grid, live: Tensor, recompute: bool = False
     ) -> tuple[MemoryState, WriteStats]:
         """Put x [B, T, D] into the open page, and write the page chunk by chunk when it is full.
 
         Args:
             grid: of pages (`grid.chunk` is the page); no lane may go beyond its open page.
             live: [B, T] bool; other rows count as zeros and are not written.
+            recompute: do the work of each chunk again in the backward pass.
 
         Returns:
             The next state and WriteStats; surprise is the error of the page's start weights.
@@ -220,7 +222,7 @@ class NeuralMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             page = self._fill(state, grid, k, v, gates, live)
             stats = self._page_stats(page, state, grid, live)
-            _, state = self._run(None, page, state, grid.closed, grid)
+            _, state = self._run(None, page, state, grid, recompute)
         return state._replace(tail=tail), stats
 
     def _check(self, x: Tensor, state: MemoryState, grid: Grid, *, paged: bool) -> None:
@@ -274,9 +276,10 @@ class NeuralMemory(nn.Module):
         )
 
     def _run(
-        self, q: Tensor | None, page: MemoryState, state: MemoryState, closed: Tensor, grid: Grid
+        self, q: Tensor | None, page: MemoryState, state: MemoryState, grid: Grid, recompute: bool
     ) -> tuple[Scan | None, MemoryState]:
         """Scan the filled page [B, G, ...]; the state has what is open afterwards."""
+        closed = grid.closed
         opened = {n: carry(grid, getattr(page, n)) for n in ("k", "v", "gates", "live")}
         B, G = page.live.shape
         per = grid.chunk // self.chunk  # chunks that close together
@@ -296,7 +299,8 @@ class NeuralMemory(nn.Module):
             closed=number < closed,
         )
         threshold = self.config.gate_threshold
-        run = scan(self._memory(B), self._stacks(state), chunks, state.surprise, threshold)
+        stacks = self._stacks(state)
+        run = scan(self._memory(B), stacks, chunks, state.surprise, threshold, recompute)
         weights, momentum = self._unstack(run.stacks, B)
         state = state._replace(weights=weights, momentum=momentum, surprise=run.mean, **opened)
         return run, state

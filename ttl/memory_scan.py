@@ -26,6 +26,7 @@ from wakesleep.kernels.memory_chunk import (
     read_rows,
     take_rows,
 )
+from wakesleep.ttl.recompute import recomputed
 
 HORIZON = 4096  # tokens over which the running mean of surprise forgets
 
@@ -54,7 +55,12 @@ class Scan(NamedTuple):
 
 
 def scan(
-    memory: Memory, stacks: Stacks, chunks: Chunks, mean: Tensor, threshold: float = 0.0
+    memory: Memory,
+    stacks: Stacks,
+    chunks: Chunks,
+    mean: Tensor,
+    threshold: float = 0.0,
+    recompute: bool = False,
 ) -> Scan:
     """Read and write all chunks; a chunk that is not closed leaves its lane's stacks alone.
 
@@ -62,28 +68,18 @@ def scan(
         threshold: write a token if its surprise exceeds this many running means of its lane as of
             the chunk's start; 0 = every live token, inf = none.
         mean: [B, 2], see `Scan`; it moves at closed chunks if the threshold needs it.
+        recompute: keep the stacks between chunks, and do the rest again in the backward pass.
     """
-    gated = threshold > 0
-    plans = None if gated else _plan_all(memory, chunks)
-    heads = chunks.k.shape[1] // chunks.live.shape[1]
-    reads, surprises, writtens = [], [], []
+    plans = None if threshold > 0 else _plan_all(memory, chunks)
+    step = recomputed(_step) if recompute else _step
+    steps = []
     for n in range(chunks.k.shape[0]):
-        k, live, step = chunks.k[n], chunks.live[n], chunks.step[n]
-        weights = memory.weights(stacks)
-        errors, norm = memory.errors(weights, k, chunks.v[n])
-        surprise = (step * norm).detach() * live.repeat_interleave(heads, 0)
-        if gated:
-            written = _select(surprise, live, mean, threshold)
-            mean = _update_mean(mean, surprise, live, chunks.closed[n])
-            k, errors, plan = _pack(memory, chunks, n, errors, written)
-        else:
-            written, plan = live, Plan(*(part[n] for part in plans))
-        y, stacks = _chunk(memory, stacks, weights, chunks, n, k, errors, plan)
-        reads.append(y)
-        surprises.append(surprise)
-        writtens.append(written)
-    y = None if chunks.q is None else torch.stack(reads)
-    return Scan(y, stacks, torch.stack(surprises), torch.stack(writtens), mean)
+        steps.append(step(memory, stacks, chunks, plans, n, mean, threshold))
+        stacks, mean = steps[-1].stacks, steps[-1].mean
+    y = None if chunks.q is None else torch.stack([step.y for step in steps])
+    surprise = torch.stack([step.surprise for step in steps])
+    written = torch.stack([step.written for step in steps])
+    return Scan(y, stacks, surprise, written, mean)
 
 
 def _plan_all(memory: Memory, chunks: Chunks) -> Plan:
@@ -93,6 +89,31 @@ def _plan_all(memory: Memory, chunks: Chunks) -> Plan:
     gates = (chunks.keep, chunks.eta, chunks.step, written)
     flat = [None if gate is None else gate.flatten(0, 1) for gate in gates]
     return Plan(*(t.unflatten(0, (N, X)) for t in memory.plan(chunks.k.flatten(0, 1), *flat)))
+
+
+def _step(
+    memory: Memory,
+    stacks: Stacks,
+    chunks: Chunks,
+    plans: Plan | None,
+    n: int,
+    mean: Tensor,
+    threshold: float,
+) -> Scan:
+    """Chunk n alone; plans [N, X, ...] of all chunks, or None if a surprise gate decides."""
+    k, live = chunks.k[n], chunks.live[n]
+    weights = memory.weights(stacks)
+    errors, norm = memory.errors(weights, k, chunks.v[n])
+    heads = k.shape[0] // live.shape[0]
+    surprise = (chunks.step[n] * norm).detach() * live.repeat_interleave(heads, 0)
+    if plans is None:
+        written = _select(surprise, live, mean, threshold)
+        mean = _update_mean(mean, surprise, live, chunks.closed[n])
+        k, errors, plan = _pack(memory, chunks, n, errors, written)
+    else:
+        written, plan = live, Plan(*(part[n] for part in plans))
+    y, stacks = _chunk(memory, stacks, weights, chunks, n, k, errors, plan)
+    return Scan(y, stacks, surprise, written, mean)
 
 
 def _chunk(

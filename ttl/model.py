@@ -195,6 +195,7 @@ class TTLModel(nn.Module):
         read_weight: Tensor | None = None,
         read_floor: float = 0.0,
         rank_table: Tensor | None = None,
+        recompute: bool = False,
         head: bool = True,
     ) -> tuple[Tensor, StreamState, StepStats]:
         """Read tokens [B, T] int64; lane b consumes its first lengths[b] (all T if None).
@@ -204,6 +205,8 @@ class TTLModel(nn.Module):
             read_floor: shares of a query's attention up to this do not count there.
             rank_table: [B, S] int64, increasing: distances of the stored ranks (spread in
                 training, so that every distance of a long stream is a trained one).
+            recompute: keep less for the backward pass: what is read and written in each chunk of
+                attention and memory is computed again there.
             head: False returns the final hidden states instead of logits.
 
         Returns:
@@ -221,7 +224,8 @@ class TTLModel(nn.Module):
         grid = make_grid(state.position, lengths, self.config.chunk, T)
         before = SPAN + self.window_of(state)
         ids = torch.cat([state.ids[:, :before], scatter(grid, tokens, state.ids[:, before:])], 1)
-        given = AttentionInput(inside, ids, state.lane, read_weight, rank_table, read_floor)
+        told = (read_weight, rank_table, read_floor, recompute)
+        given = AttentionInput(inside, ids, state.lane, *told)
         x = self.embedding(tokens) * self.config.dim**0.5
         blocks, stats = [], []
         for block, part in zip(self.blocks, state.blocks, strict=True):

@@ -116,7 +116,10 @@ class BufferReader:
 
 
 class PieceReader:
-    """With gradients: pairs stay where they are, places hold their numbers."""
+    """With gradients: pairs stay where they are, places hold their numbers.
+
+    Its attributes are replaced, never changed, so that a shallow copy stays as it is.
+    """
 
     def __init__(
         self, quota: bool, state: StoreState, turns: Tensor, rank_table: Tensor | None
@@ -175,8 +178,8 @@ class PieceReader:
         self.number = put(self.number, number.expand(new.position.shape), rows)
         like = self.pieces[0]
         new = new._replace(k=new.k.to(like.k.dtype), v=new.v.to(like.v.dtype))
-        self.pieces.append(new)
-        self.read.append(self._readable(new.k, new.v))
+        self.pieces = [*self.pieces, new]
+        self.read = [*self.read, self._readable(new.k, new.v)]
         self._refresh()
 
     def add_mass(self, mass: Tensor, into_score: bool) -> None:

@@ -262,7 +262,7 @@ def test_lightning_alone_trains_the_module():
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path):
     for groups, message in (
         ({"train": {"sequence_len": 24}}, "a segment .* 12 tokens. must be a multiple of model.ch"),
-        ({"train": {"recompute": "chunk"}}, "recompute=chunk is not there yet"),
+        ({"train": {"recompute": "token"}}, "recompute"),
         ({"data": {"kind": "text"}}, "admission.* draws a new store"),
         ({"data": {"kind": "text"}, "admission": DEFAULTS}, "needs data.paths"),
         ({"model": {"vocab_size": 16}}, "vocab_size=16 is less than the data's 32"),
@@ -346,6 +346,15 @@ def test_segments_of_one_step_equal_steps_of_one_segment(tmp_path):
     torch.testing.assert_close(torch.cat(pieces, 1), whole.hidden, rtol=1e-10, atol=1e-10)
     for (name, a), (_, b) in zip(named_tensors(state), named_tensors(whole.state), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_recomputing_ends_with_the_same_bits(tmp_path):
+    for name in ("none", "chunk", "segment"):
+        train(task(train={"recompute": name}), tmp_path / name)
+    ends = [end(tmp_path / name) for name in ("none", "chunk", "segment")]
+    for tensors, rest in ends[1:]:
+        assert [k for k in tensors if not torch.equal(tensors[k], ends[0][0][k])] == []
+        assert rest == ends[0][1]
 
 
 def test_a_document_end_resets_its_lane_and_no_other(tmp_path):

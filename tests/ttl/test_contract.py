@@ -199,6 +199,29 @@ def test_every_parameter_gets_a_gradient(config):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+def two_calls(config, recompute: bool):
+    """Losses, final state and gradients of two calls, and the bytes kept for the backward pass."""
+    model, x, kept = build(config), draw(12), {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y, state, _ = model(x[:, :30], model.init_state(B), recompute=recompute)
+        z, state, _ = model(x[:, 30:], state, recompute=recompute)
+    (y.square().mean() + z.square().mean()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y, "z": z, **dict(named_tensors(detach(state))), **gradients}, sum(kept.values())
+
+
+def test_what_is_computed_again_is_the_same_and_less_is_kept(config):
+    (plain, much), (again, little) = two_calls(config, False), two_calls(config, True)
+    assert plain.keys() == again.keys()
+    assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
+    assert little < 0.9 * much
+
+
 def test_carried_state_is_float32_under_bfloat16(config):
     torch.manual_seed(7)
     model = TTLModel(config).to(torch.bfloat16)
