@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own, pasts_of
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.optimizers import make_optimizer, part_norms
 from wakesleep.streams.rng import rng_states, set_rng_states
 from wakesleep.streams.teacher import admission_loss, fact_ranking, marked
 from wakesleep.streams.training_batch import Batch
@@ -97,16 +97,9 @@ class StreamModule(lightning.LightningModule):
         return means.take()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW in two groups and the schedule, one step of it per optimiser step."""
+        """The optimiser, and the schedule with one step of it per optimiser step."""
         optim = self.config.optim
-        matrices = list(matrix_parameters(self.model))
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in self.model.parameters() if id(p) not in chosen]
-        groups = [
-            {"params": matrices, "lr": optim.lr, "weight_decay": optim.weight_decay},
-            {"params": rest, "lr": optim.lr_rest, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, betas=optim.betas, fused=True)
+        optimizer = make_optimizer(self.model, optim)
         total = self.trainer.max_steps if self.trainer.max_steps > 0 else self.config.total_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: optim.rate(s, total))
         return {
@@ -117,13 +110,15 @@ class StreamModule(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
-        """Clip by the norm of the whole gradient, note the norm, stop where it is not finite."""
-        limit = gradient_clip_val or math.inf
+        """Clip by the norm of the whole gradient, note norms, stop where one is not finite."""
+        limit, norms = gradient_clip_val or math.inf, part_norms(self.model)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True))
         if not math.isfinite(norm):
             bad = [n for n, p in self.model.named_parameters() if not _finite(p.grad)]
             raise self._failure(f"the gradient of {', '.join(bad[:3])}")
         self.means.add("grad_norm", norm)
+        for part, norm in norms.items():
+            self.means.add(f"grad_norm_{part}", norm)
 
     def on_train_start(self) -> None:
         """Random numbers go on where the checkpoint was made, distractors on the model's device."""
@@ -245,13 +240,6 @@ class StreamModule(lightning.LightningModule):
             f"step {self.global_step + 1}, batch {self.cursor}: not finite: {what}\n"
             "The last checkpoint is unharmed. A lower optim.lr or optim.clip may help."
         )
-
-
-def matrix_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights of linear maps, gates and outputs to single numbers left out."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "gate" not in name and module.out_features > 16:
-            yield module.weight
 
 
 def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[str, Any]:

@@ -48,14 +48,16 @@ class AdmissionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW in two groups (matrices; embeddings, gains, gates and the rest) and its schedule."""
+    """Which rule moves which weights (see `optimizers`), and its schedule."""
 
+    rule: Literal["adamw", "muon"] = "adamw"  # of matrices; the rest is always AdamW's
     lr: float = 2e-3  # of matrices, at the top of the schedule
     lr_rest: float = 4e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1  # of matrices only
     warmup: int = 100  # steps
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear", "stable"] = "cosine"
+    decay: float = 0.2  # share of the steps in which a stable rate falls, at the end
     floor: float = 0.05  # of the top rate, reached at the last step
     clip: float = 1.0  # norm of the whole gradient
 
@@ -64,15 +66,22 @@ class OptimConfig:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
         _require(self.warmup >= 0, "warmup", "at least 0", self.warmup)
-        _require(0 <= self.floor <= 1, "floor", "between 0 and 1", self.floor)
+        for name in ("floor", "decay"):
+            _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
 
     def rate(self, step: int, total: int) -> float:
         """Share of the top learning rate at `step` of `total`."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         done = min(1.0, (step - self.warmup) / max(1, total - self.warmup))
-        fall = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return self.floor + (1 - self.floor) * fall
+        match self.schedule:
+            case "cosine":
+                left = (1 + math.cos(math.pi * done)) / 2
+            case "linear":
+                left = 1 - done
+            case "stable":  # warm-up, stable, decay: a run can be made longer before it falls
+                left = min(1.0, (1 - done) / max(self.decay, 1e-9))
+        return self.floor + (1 - self.floor) * left
 
 
 @dataclass(frozen=True, kw_only=True)

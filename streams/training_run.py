@@ -27,6 +27,7 @@ from torch import nn
 
 from wakesleep.streams.config import flat, load_config, to_yaml
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.optimizers import PARTS
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
@@ -36,6 +37,7 @@ from wakesleep.ttl.model_io import model_sha256, save_model
 
 FREE = ("train.save_every", "train.log_every", "threads", "device")  # may change on resume
 COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "lr", "grad_norm")
+NORMS = tuple(f"grad_norm_{part}" for part in PARTS)
 
 
 class RunFolder(lightning.Callback):
@@ -49,7 +51,8 @@ class RunFolder(lightning.Callback):
         self._step = 0  # last one that was seen
         self._mark = (0.0, 0)  # clock and step of the last line
         measured = [*MEASURED, *answer_columns(answer_kinds(config))]
-        self._columns = [*COLUMNS, *TAUGHT, *measured, *(f"val_{name}" for name in measured)]
+        validated = [f"val_{name}" for name in measured]
+        self._columns = [*COLUMNS, *NORMS, *TAUGHT, *measured, *validated]
 
     @property
     def checkpoint(self) -> Path:

@@ -125,9 +125,9 @@ def assert_same_end(a, b):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, monkeypatch, accumulate):
-    config = task(trainer={"accumulate_grad_batches": accumulate})
+@pytest.mark.parametrize(("accumulate", "rule"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, monkeypatch, accumulate, rule):
+    config = task(trainer={"accumulate_grad_batches": accumulate}, optim={"rule": rule})
     train(config, tmp_path / "whole")
     for step in (1, 3, 5):
         with monkeypatch.context() as patch, pytest.raises(Crash):

@@ -27,6 +27,15 @@ def test_the_rate_rises_then_falls_to_its_floor(schedule):
     assert optim.rate(55, 100) == pytest.approx(0.55)
 
 
+def test_a_stable_rate_falls_at_the_end_only():
+    optim = OptimConfig(warmup=10, schedule="stable", decay=0.25, floor=0.2)
+    rates = [optim.rate(step, 110) for step in range(111)]
+    assert set(rates[10:86]) == {1.0} and rates[85] == 1.0 > rates[86]
+    assert all(a > b for a, b in pairwise(rates[85:]))
+    assert rates[110] == pytest.approx(0.2) == optim.rate(1000, 110)
+    assert [optim.rate(step, 220) for step in range(86)] == rates[:86]  # a longer run begins alike
+
+
 def config(**admission) -> TrainConfig:
     layer = {
         "model.vocab_size": 64,
