@@ -25,7 +25,7 @@ from wakesleep.streams.teacher import admission_loss, fact_ranking, marked
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, StreamDataModule, answer_kinds, open_source
-from wakesleep.streams.training_draws import Draw, draw_step, never
+from wakesleep.streams.training_draws import Blind, Draw, draw_blind, draw_step, never
 from wakesleep.streams.training_metrics import Means, add_answers
 from wakesleep.streams.training_run import RunFolder, make_trainer
 from wakesleep.streams.unroll import TokenLoss, Unrolled, last_stored, next_token_loss, unroll
@@ -65,9 +65,13 @@ class StreamModule(lightning.LightningModule):
         draw = self._draw(batch.cursor, batch)
         start = self._start(draw, self.state)
         admission, recompute = self.config.admission, self.config.train.recompute
-        floor = admission.threshold
-        read = unroll(self.model, batch, start, draw, self.pool, floor, recompute)
-        tokens = self._next_token(read, batch)
+        floor, blind = admission.threshold, draw_blind(self.config, batch.cursor)
+        if blind is not None:
+            blind = Blind(*(part.to(self.device) for part in blind))
+            batch = batch._replace(weight=self._weigh(batch.weight, blind.judged))
+        hidden = None if blind is None else blind.tokens
+        read = unroll(self.model, batch, start, draw, self.pool, floor, recompute, hidden)
+        tokens = self._next_token(read, batch, hidden)
         loss = tokens.loss
         if draw.keep_all and self.config.tokens_before(batch.cursor) >= admission.teach_tokens:
             loss = loss + admission.weight * self._teach(read, batch)
@@ -174,9 +178,12 @@ class StreamModule(lightning.LightningModule):
             self.config.train.lanes, window=draw.window, capacity=draw.capacity
         )
 
-    def _next_token(self, read: Unrolled, batch: Batch) -> TokenLoss:
+    def _weigh(self, weight: Tensor, judged: Tensor) -> Tensor:
+        return torch.where(judged, weight * self.config.train.blind_weight, weight)
+
+    def _next_token(self, read: Unrolled, batch: Batch, blind: Tensor | None = None) -> TokenLoss:
         output = self.model.embedding.weight
-        return next_token_loss(read.hidden, output, batch, self.config.train.z_loss)
+        return next_token_loss(read.hidden, output, batch, self.config.train.z_loss, blind)
 
     def _teach(self, read: Unrolled, batch: Batch) -> Tensor:
         """The admission loss of a step whose store kept everything."""
@@ -215,6 +222,8 @@ class StreamModule(lightning.LightningModule):
             means.add("loss_answers", float(tokens.answers), asked)
         if rest > 0:
             means.add("loss_rest", float(tokens.rest), rest)
+        if bool(tokens.blind.isfinite()):
+            means.add("loss_blind", float(tokens.blind))
         chunk, window = self.config.model.chunk, self.model.window_of(read.state)
         reach = window + chunk
         add_answers(means, batch, tokens.right, self.kinds, reach, draw.keep_all)

@@ -98,6 +98,9 @@ class StepConfig:
     validate_every: int = 0  # steps between validations; 0 = never
     validation_batches: int = 4
     recompute: Literal["none", "chunk", "segment"] = "none"  # in the backward pass, to save memory
+    blind_share: float = 0.0  # of predictions without the window: what do the memories know?
+    blind_weight: float = 1.0  # of these in the loss
+    window_dropout: float = 0.0  # share of segments that a lane reads without the window
     z_loss: float = 0.0  # weight of (log of the softmax's normaliser) squared
     bf16: bool = False  # autocast; the carried state and the weights stay float32
 
@@ -106,7 +109,10 @@ class StepConfig:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         _require(self.log_every > 0, "log_every", "above 0", self.log_every)
         _require(self.validate_every >= 0, "validate_every", "at least 0", self.validate_every)
-        _require(self.z_loss >= 0, "z_loss", "at least 0", self.z_loss)
+        for name in ("z_loss", "blind_weight"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("blind_share", "window_dropout"):
+            _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         if self.sequence_len % self.segments_per_step:
             raise ValueError(
                 f"sequence_len={self.sequence_len} must be a multiple of "

@@ -16,6 +16,7 @@ from wakesleep.streams.training_config import TrainConfig
 
 SPARE = 256  # distractors before a sequence that its own pairs may push out
 KEY = 0x57EB  # keeps these draws apart from those of the data with the same seed and number
+BLIND_KEY = 0xB11D  # and those of `draw_blind` from these
 
 
 class Draw(NamedTuple):
@@ -65,6 +66,25 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
         spare = np.maximum(0, older - SPARE) + np.zeros(step.lanes, np.int64)
         ranks = _spread(rng, spare, capacity or places, admission.rank_max)
     return Draw(capacity, window, keep_all, passes, orders, jumps, ranks)
+
+
+class Blind(NamedTuple):
+    """Tokens that see no others in the window."""
+
+    tokens: Tensor  # [B, T] bool
+    judged: Tensor  # [B, T] bool: those whose prediction is the auxiliary loss
+
+
+def draw_blind(config: TrainConfig, number: int) -> Blind | None:
+    """Single tokens (train.blind_share), and whole segments of a lane (train.window_dropout)."""
+    step = config.train
+    if not step.blind_share and not step.window_dropout:
+        return None
+    rng = np.random.default_rng((config.seed, number, BLIND_KEY))
+    judged = rng.random((step.lanes, step.sequence_len)) < step.blind_share
+    dropped = rng.random((step.lanes, step.segments_per_step)) < step.window_dropout
+    tokens = judged | dropped.repeat(step.segment, axis=1)
+    return Blind(torch.from_numpy(tokens), torch.from_numpy(judged))
 
 
 def never(segments: int) -> Draw:

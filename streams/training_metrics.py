@@ -16,7 +16,7 @@ from wakesleep.streams.training_batch import Answers, Batch
 
 DECADES = ("age_1", "age_10", "age_100", "age_1k", "age_10k", "age_100k")
 PLACES = ("inside", "outside", "outside_kept", "outside_selected")
-TAUGHT = ("loss_admission", "precision", "recall", "needed", "noise_above")
+TAUGHT = ("loss_blind", "loss_admission", "precision", "recall", "needed", "noise_above")
 MEASURED = ("loss", "loss_answers", "loss_rest", "noise_above_facts", "facts_kept")
 
 

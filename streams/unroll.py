@@ -33,6 +33,7 @@ class TokenLoss(NamedTuple):
     loss: Tensor  # scalar, weighted mean over the predictions
     answers: Tensor  # scalar, mean over answer tokens; nan without any
     rest: Tensor  # scalar, mean over the other tokens with a weight; nan without any
+    blind: Tensor  # scalar, mean over the blind ones of all these; nan without any
     right: Tensor  # [B, T] bool: the likeliest token is the target; answer tokens only
 
 
@@ -44,6 +45,7 @@ def unroll(
     pool: Pool,
     read_floor: float = 0.0,
     recompute: str = "none",
+    blind: Tensor | None = None,
 ) -> Unrolled:
     """Read the K segments of a batch; gradient flows through the state from each to the next.
 
@@ -54,6 +56,7 @@ def unroll(
         read_floor: smaller shares of a query's attention are not booked.
         recompute: what the backward pass computes again instead of finding it kept: "none", "chunk"
             (reads and writes, chunk by chunk) or "segment" (everything between two states).
+        blind: [B, T] bool: tokens that see no others in the window.
     """
     by_chunk = partial(model, recompute=recompute == "chunk")
     read = recomputed(model) if recompute == "segment" else by_chunk
@@ -84,6 +87,7 @@ def unroll(
             read_weight=batch.recalled[:, here] if draw.keep_all else None,
             read_floor=read_floor if draw.keep_all else 0.0,
             rank_table=draw.rank_table,
+            blind=None if blind is None else blind[:, here],
             head=False,
         )
         hidden.append(x)
@@ -92,13 +96,16 @@ def unroll(
     return Unrolled(hidden, state, position, stored, foreign, nonfinite)
 
 
-def next_token_loss(hidden: Tensor, output: Tensor, batch: Batch, z_loss: float) -> TokenLoss:
+def next_token_loss(
+    hidden: Tensor, output: Tensor, batch: Batch, z_loss: float, blind: Tensor | None = None
+) -> TokenLoss:
     """Weighted cross-entropy of the next token; positions without a weight cost nothing.
 
     Args:
         hidden: [B, T, D].
         output: [V, D], the output matrix.
         z_loss: weight of the squared log of the softmax's normaliser.
+        blind: [B, T] bool, see `unroll`.
     """
     rows = ((batch.weight > 0) | (batch.asked > 0)).flatten().nonzero()[:, 0]
     targets, weight = batch.targets.flatten()[rows], batch.weight.flatten()[rows]
@@ -112,7 +119,8 @@ def next_token_loss(hidden: Tensor, output: Tensor, batch: Batch, z_loss: float)
     right = torch.zeros_like(batch.weight, dtype=torch.bool)
     right.view(-1)[rows[asked]] = logits.detach()[asked].argmax(-1) == targets[asked]
     seen = losses.detach()
-    return TokenLoss(loss, seen[asked].mean(), seen[~asked].mean(), right)
+    alone = torch.zeros_like(asked) if blind is None else blind.flatten()[rows]
+    return TokenLoss(loss, *(seen[group].mean() for group in (asked, ~asked, alone)), right)
 
 
 def last_stored(position: Tensor, chunk: int, window: int) -> Tensor:

@@ -60,6 +60,7 @@ class AttentionInput(NamedTuple):
     read_weight: Tensor | None  # [B, T] how much each query's reads count as read mass
     rank_table: Tensor | None  # [B, S] int64 increasing distances of the ranks, None = 0..S-1
     read_floor: float = 0.0  # smaller shares of one query's attention count as no reading
+    blind: Tensor | None = None  # [B, T] bool: queries that see of the window themselves alone
     recompute: bool = False  # reads and writes of a chunk are done again in the backward pass
 
 
@@ -165,6 +166,10 @@ class WindowAttention(nn.Module):
         weight = self._read_weight(x, given.read_weight)
         if weight is not None:
             weight = scatter(grid, weight, weight.new_zeros(weight.shape[0], C))
+        blind = given.blind
+        if blind is not None:
+            blind = scatter(grid, blind, torch.zeros_like(blind[:, :1]).expand(-1, C))
+        given = given._replace(blind=blind)
         q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
         values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page)
         state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)
@@ -217,7 +222,7 @@ class WindowAttention(nn.Module):
     def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight, page):
         """The chunk loop: read with the store frozen, then let the oldest chunk leave the window.
 
-        q: [B, G, H, K]; frame: W + G slots; weight: [B, G] or None.
+        q: [B, G, H, K]; frame: W + G slots; weight, given.blind: [B, G] or None.
         Returns values [B, G, H * K], the frame with its read mass, and the store.
         """
         C, N = grid.chunk, grid.num_chunks
@@ -237,8 +242,8 @@ class WindowAttention(nn.Module):
         for n in range(N):
             at = slice(n * C, n * C + W + C)  # what the window shows during chunk n
             here = slice(n * C, (n + 1) * C)
-            live = frame.live[:, at]
-            parts = (q[:, :, here], k[:, :, at], v[:, :, at], live)
+            blind = None if given.blind is None else given.blind[:, here]
+            parts = (q[:, :, here], k[:, :, at], v[:, :, at], frame.live[:, at], blind)
             seen = copy(reader) if again else reader  # as it is now, for the second time
             y, p = read_chunk(*parts, seen, page, n)
             values.append(y)
@@ -269,12 +274,18 @@ class WindowAttention(nn.Module):
         bias = self.page_bias[:, None, None]
         return torch.where(seen[:, None], bias, bias.new_full((), -torch.inf))
 
-    def _read_chunk(self, q, k, v, live, reader, page: PageView | None, n: int):
+    def _read_chunk(self, q, k, v, live, blind, reader, page: PageView | None, n: int):
         """Read chunk n: q [B, H, C, R + K] against front, window and store."""
         C = q.shape[2]
         keys, values = self._front_pairs(k, v, page)
         keys, values = [*keys, k], [*values, v]
-        seen = self.num_persistent + live.cumsum(1)[:, -C:]  # [B, C] keys up to each query
+        seen, shown = live.cumsum(1)[:, -C:], live[:, None]  # [B, C] keys up to each query
+        if blind is not None:
+            own = torch.eye(C, dtype=torch.bool, device=q.device)
+            own = nn.functional.pad(own, (live.shape[1] - C, 0))  # [C, W + C]
+            shown = shown & (own | ~blind[..., None])
+            seen = torch.where(blind, live[:, -C:], seen)
+        seen = self.num_persistent + seen
         paged = None
         if page is not None:
             paged = self._page_bias(page, n)
@@ -292,7 +303,7 @@ class WindowAttention(nn.Module):
         else:
             logits = torch.matmul(q, torch.cat(keys, 2).transpose(2, 3))
         causal_at = self._front + k.shape[2] - C
-        bias = _bias(self._front, live, reader if stored else None, paged, q)
+        bias = _bias(self._front, shown, reader if stored else None, paged, q)
         return softmax_read(logits, values, self.sink, causal_at, bias)
 
     def _front_pairs(self, k: Tensor, v: Tensor, page: PageView | None):
@@ -335,20 +346,20 @@ class WindowAttention(nn.Module):
         return candidates(*leaving, enters, position, known)
 
 
-def _bias(front: int, live: Tensor, reader, paged: Tensor | None, q: Tensor):
+def _bias(front: int, shown: Tensor, reader, paged: Tensor | None, q: Tensor):
     """What keeps queries q [B, H, C, .] from places with nothing in them; None where all are full.
 
     Args:
         front: keys in front of the window's, the page's last.
-        live: [B, W + C] bool of the window; paged: [B, H, C, P] of the page.
+        shown: [B, 1 or C, W + C] bool of the window; paged: [B, H, C, P] of the page.
 
     Returns:
         [B, 1 or H, 1 or C, L], 0 or -inf but for the page's own bias.
     """
-    if paged is None and bool(live.all()) and (reader is None or reader.full):
+    if paged is None and bool(shown.all()) and (reader is None or reader.full):
         return None
     nothing = q.new_full((), -torch.inf)
-    parts = [torch.where(live, 0.0, nothing)[:, None, None]]
+    parts = [torch.where(shown, 0.0, nothing)[:, None]]
     if reader is not None:
         parts.append(torch.where(reader.empty, nothing, 0.0)[:, :, None])
     if paged is not None:

@@ -195,6 +195,7 @@ class TTLModel(nn.Module):
         read_weight: Tensor | None = None,
         read_floor: float = 0.0,
         rank_table: Tensor | None = None,
+        blind: Tensor | None = None,
         recompute: bool = False,
         head: bool = True,
     ) -> tuple[Tensor, StreamState, StepStats]:
@@ -205,6 +206,8 @@ class TTLModel(nn.Module):
             read_floor: shares of a query's attention up to this do not count there.
             rank_table: [B, S] int64, increasing: distances of the stored ranks (spread in
                 training, so that every distance of a long stream is a trained one).
+            blind: [B, T] bool: tokens that see no other one in any window, so that what they
+                predict comes from memory and store (and from the taps of the convolutions).
             recompute: keep less for the backward pass: what is read and written in each chunk of
                 attention and memory is computed again there.
             head: False returns the final hidden states instead of logits.
@@ -216,7 +219,7 @@ class TTLModel(nn.Module):
         Raises:
             ValueError: tokens, lengths and state do not fit each other or the vocabulary.
         """
-        B, T = self._check(tokens, state, lengths, read_weight, rank_table)
+        B, T = self._check(tokens, state, lengths, read_weight, blind, rank_table)
         if lengths is None:
             lengths = torch.full((B,), T, dtype=torch.int64, device=tokens.device)
         inside = torch.arange(T, device=tokens.device) < lengths[:, None]
@@ -224,7 +227,7 @@ class TTLModel(nn.Module):
         grid = make_grid(state.position, lengths, self.config.chunk, T)
         before = SPAN + self.window_of(state)
         ids = torch.cat([state.ids[:, :before], scatter(grid, tokens, state.ids[:, before:])], 1)
-        told = (read_weight, rank_table, read_floor, recompute)
+        told = (read_weight, rank_table, read_floor, blind, recompute)
         given = AttentionInput(inside, ids, state.lane, *told)
         x = self.embedding(tokens) * self.config.dim**0.5
         blocks, stats = [], []
@@ -244,7 +247,7 @@ class TTLModel(nn.Module):
             x = nn.functional.linear(x, self.embedding.weight)
         return x, state, StepStats(*_mean_stats(stats, inside), nonfinite)
 
-    def _check(self, tokens, state, lengths, read_weight, rank_table) -> tuple[int, int]:
+    def _check(self, tokens, state, lengths, read_weight, blind, rank_table) -> tuple[int, int]:
         """B and T of a call whose arguments fit each other and this model."""
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(
@@ -272,10 +275,9 @@ class TTLModel(nn.Module):
             raise ValueError(
                 f"lengths must be int64 [{B}] with values from 0 to {T}, got {lengths}"
             )
-        if read_weight is not None and read_weight.shape != tokens.shape:
-            raise ValueError(
-                f"read_weight must be {[B, T]}, got {list(read_weight.shape)}: one per token"
-            )
+        for name, given in (("read_weight", read_weight), ("blind", blind)):
+            if given is not None and given.shape != tokens.shape:
+                raise ValueError(f"{name} must be {[B, T]}, got {list(given.shape)}: one per token")
         stores = [block.store for block in state.blocks if block.store is not None]
         if rank_table is not None and stores:
             places = [B, stores[0].position.shape[-1]]

@@ -63,9 +63,10 @@ def take_input(piece: Piece, grid: Grid, given: AttentionInput) -> AttentionInpu
     width = before + piece.chunks.num_chunks * grid.chunk
     shift = piece.chunks.position - grid.position  # slots between the two frames' beginnings
     slots = shift[:, None] + torch.arange(width, device=ids.device)
-    weight = given.read_weight
+    weight, blind = given.read_weight, given.blind
     return given._replace(
         live=take_columns(piece, given.live) & piece.inside,
         ids=ids.gather(1, slots.clamp(max=ids.shape[1] - 1)),
         read_weight=None if weight is None else take_columns(piece, weight) * piece.inside,
+        blind=None if blind is None else take_columns(piece, blind),
     )

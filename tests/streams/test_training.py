@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from wakesleep.streams import training as training_module
 from wakesleep.streams.config import load_config, to_yaml
 from wakesleep.streams.distractors import Pool
 from wakesleep.streams.errors import Refused
@@ -24,7 +25,7 @@ from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.training import StreamModule, TrainingFailed, train
 from wakesleep.streams.training_config import AdmissionConfig, TrainConfig
 from wakesleep.streams.training_data import StreamDataModule, open_source
-from wakesleep.streams.training_draws import never
+from wakesleep.streams.training_draws import draw_blind, never
 from wakesleep.streams.unroll import unroll
 from wakesleep.ttl.model_io import load_model
 from wakesleep.ttl.state import map_state, named_tensors, select
@@ -127,7 +128,9 @@ def assert_same_end(a, b):
 
 @pytest.mark.parametrize(("accumulate", "rule"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, monkeypatch, accumulate, rule):
-    config = task(trainer={"accumulate_grad_batches": accumulate}, optim={"rule": rule})
+    blind = {"blind_share": 0.1, "window_dropout": 0.1} if rule == "muon" else {}
+    keys = {"trainer": {"accumulate_grad_batches": accumulate}, "optim": {"rule": rule}}
+    config = task(train=blind, **keys)
     train(config, tmp_path / "whole")
     for step in (1, 3, 5):
         with monkeypatch.context() as patch, pytest.raises(Crash):
@@ -346,6 +349,26 @@ def test_segments_of_one_step_equal_steps_of_one_segment(tmp_path):
     torch.testing.assert_close(torch.cat(pieces, 1), whole.hidden, rtol=1e-10, atol=1e-10)
     for (name, a), (_, b) in zip(named_tensors(state), named_tensors(whole.state), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_blind_tokens_are_hidden_from_the_window_and_weighed(monkeypatch):
+    config = task(train={"blind_share": 0.3, "blind_weight": 0.5, "window_dropout": 0.3})
+    plain, given = task(), {}
+
+    def watched(model, batch, *args):
+        given["weight"], given["blind"] = batch.weight, args[-1]
+        return unroll(model, batch, *args)
+
+    monkeypatch.setattr(training_module, "unroll", watched)
+    losses = []
+    for settings in (plain, config):
+        torch.manual_seed(0)
+        module, batch = StreamModule(settings), open_source(settings).batch(0)
+        losses.append(module.training_step(batch, 0))
+    drawn = draw_blind(config, 0)
+    assert torch.equal(given["blind"], drawn.tokens) and not torch.equal(*losses)
+    assert torch.equal(given["weight"], torch.where(drawn.judged, batch.weight / 2, batch.weight))
+    assert "loss_blind" in module.means.sums
 
 
 def test_recomputing_ends_with_the_same_bits(tmp_path):

@@ -1,5 +1,6 @@
 """The schedule, what a step draws, and the recipes that ship."""
 
+import dataclasses
 from importlib.resources import files
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import torch
 
 from wakesleep.streams.config import load_config
 from wakesleep.streams.training_config import OptimConfig, TrainConfig
-from wakesleep.streams.training_draws import SPARE, draw_step
+from wakesleep.streams.training_draws import SPARE, draw_blind, draw_step
 
 FACTS = np.array([0, 4, 8])  # tokens of three lanes
 RECIPES = sorted(entry.name for entry in files("wakesleep.configs").iterdir())
@@ -130,6 +131,21 @@ def test_distractors_before_a_sequence_may_be_read_as_newer_than_it():
             assert newer[-1] <= max(0, dealt - SPARE)
             assert (row.roll(-first).diff() > 0).all()
     assert max(newer) > 150 and min(newer) == 0
+
+
+def test_blind_tokens_are_single_ones_and_whole_segments():
+    assert draw_blind(config(), 0) is None
+    single = dataclasses.replace(config().train, blind_share=0.2)
+    settings = dataclasses.replace(config(), train=single)
+    tokens, judged = draw_blind(settings, 5)
+    assert torch.equal(tokens, judged) and 0.15 < judged.float().mean() < 0.25
+    assert torch.equal(draw_blind(settings, 5).tokens, tokens)
+    assert not torch.equal(draw_blind(settings, 6).tokens, tokens)
+    whole = dataclasses.replace(config().train, window_dropout=0.5)
+    tokens, judged = draw_blind(dataclasses.replace(config(), train=whole), 5)
+    assert not judged.any() and 0 < tokens.float().mean() < 1
+    segments = tokens.unflatten(1, (whole.segments_per_step, whole.segment))
+    assert torch.equal(segments.all(2), segments.any(2))
 
 
 @pytest.mark.parametrize("name", RECIPES)

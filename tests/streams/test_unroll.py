@@ -117,7 +117,7 @@ def test_positions_are_those_of_the_tokens_even_behind_a_jump(step):
 
 def test_other_text_leaves_another_memory_before_each_segment(step):
     """Before segment 0 that of the lane before, before segment 1 that of the lane two before."""
-    model, batch, state, draw, pool, floor, _ = step["args"]
+    model, batch, state, draw, pool, floor, *_ = step["args"]
     before, half = step["read"].hidden, T // 2
     for lane in range(B):
         learned = tuple(w.clone() for w in pool.pasts[0].weights)

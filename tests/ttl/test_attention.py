@@ -52,10 +52,10 @@ def far(q, k, turn, scale):
     return 0.5 * cosine + scale * (q[R:] @ k[R:])
 
 
-def twin(attention, x, context=None):
+def twin(attention, x, context=None, blind=()):
     """Attention values [T, H * K] of one lane's x [T, D], one query at a time, from lists.
 
-    context: [T, D] what a memory gave back for each token (MAC).
+    context: [T, D] what a memory gave back for each token (MAC); blind: queries without a window.
     """
     H, K, R = attention.num_heads, attention.head_dim, attention.rotary_dims
     raw = attention.qkv(x)
@@ -79,7 +79,7 @@ def twin(attention, x, context=None):
                 pool = sorted([*store[h], *leaving])
                 pool.sort(key=lambda p, h=h: -score[p, h].item())
                 store[h] = sorted(pool[:S])
-        window = range(max(0, chunk * C - W), t + 1)
+        window = range(t if t in blind else max(0, chunk * C - W), t + 1)
         for h in range(H):
             page = range(t // attention.page * attention.page, t + 1) if attention.page else ()
             seen = 1 + len(page) + len(window) + len(store[h])
@@ -103,7 +103,7 @@ def twin(attention, x, context=None):
     return torch.stack(out).view(len(x), H * K)
 
 
-def read_and_caught(model):
+def read_and_caught(model, **given):
     """What the attention of the first block was given, [T, D], and the values that it read."""
     x = torch.randint(VOCAB, (1, T), generator=torch.Generator().manual_seed(5))
     seen = []
@@ -112,7 +112,7 @@ def read_and_caught(model):
         attention.register_forward_pre_hook(lambda _m, a: seen.append(a[0])),
         attention.out.register_forward_pre_hook(lambda _m, a: seen.append(a[0])),
     ]
-    model(x, model.init_state(1))
+    model(x, model.init_state(1), **given)
     for hook in hooks:
         hook.remove()
     return seen[0], seen[1][0]
@@ -139,6 +139,18 @@ def test_values_and_gradients_equal_those_of_the_twin(model):
     for name, one, other in zip(["x", *names], found, wanted, strict=True):
         assert other.abs().max() > 1e-3, name
         assert (one - other).abs().max() < 1e-12 * (1 + other.abs().max()), name
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_blind_queries_see_the_store_and_of_the_window_themselves(model, gradients):
+    blind = torch.rand(1, T, generator=torch.Generator().manual_seed(7)) < 0.4
+    with torch.set_grad_enabled(gradients):
+        given, values = read_and_caught(model, blind=blind)
+        expected = twin(
+            model.blocks[0].attention, given[0], blind=set(blind[0].nonzero()[:, 0].tolist())
+        )
+        assert (expected - values).abs().max() < 1e-12
+        assert (twin(model.blocks[0].attention, given[0]) - values).abs().max() > 1e-3
 
 
 @torch.no_grad()

@@ -199,6 +199,25 @@ def test_every_parameter_gets_a_gradient(config):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@torch.no_grad()
+def test_what_blind_tokens_predict_comes_from_the_memories_alone(config):
+    """A token far behind in the window changes nothing, unless a memory or a page brings it."""
+    model, x = build(config), draw(17, length=3 * C)
+    other = x.clone()
+    other[:, 0] = (other[:, 0] + 1) % VOCAB
+    blind = torch.zeros_like(x, dtype=torch.bool)
+    blind[0] = True
+    a, b = (model(tokens, model.init_state(B), blind=blind)[0] for tokens in (x, other))
+    lasts = (a - b).abs().amax(-1)[:, -1]
+    assert (lasts[0] > 0) == bool(config.memory_layers) and (lasts[1:] > 0).all()
+    pieces, state = [], model.init_state(B)
+    for start in range(0, 3 * C, 3):
+        here = slice(start, start + 3)
+        y, state, _ = model(x[:, here], state, blind=blind[:, here])
+        pieces.append(y)
+    assert (torch.cat(pieces, 1) - a).abs().max() < 1e-9
+
+
 def two_calls(config, recompute: bool):
     """Losses, final state and gradients of two calls, and the bytes kept for the backward pass."""
     model, x, kept = build(config), draw(12), {}
