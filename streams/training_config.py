@@ -93,7 +93,7 @@ class StepConfig:
     lanes: int = 8  # B
     sequence_len: int = 1024  # T, tokens that each lane reads per step
     segments_per_step: int = 1  # K; the state is carried with its gradient inside a step
-    save_every: int = 500  # steps between checkpoints
+    save_every: int | None = None  # steps between checkpoints; None: what five minutes make
     log_every: int = 50  # steps between lines of metrics.csv
     validate_every: int = 0  # steps between validations; 0 = never
     validation_batches: int = 4
@@ -105,7 +105,10 @@ class StepConfig:
     bf16: bool = False  # autocast; the carried state and the weights stay float32
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lanes", "sequence_len", "segments_per_step", "save_every"):
+        _require(
+            self.save_every is None or self.save_every > 0, "save_every", "above 0", self.save_every
+        )
+        for name in ("steps", "lanes", "sequence_len", "segments_per_step"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         _require(self.log_every > 0, "log_every", "above 0", self.log_every)
         _require(self.validate_every >= 0, "validate_every", "at least 0", self.validate_every)

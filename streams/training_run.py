@@ -37,6 +37,7 @@ from wakesleep.ttl.model_io import model_sha256, save_model
 
 FREE = ("train.save_every", "train.log_every", "threads", "device")  # may change on resume
 COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "lr", "grad_norm")
+SAVE_SECONDS = 300.0  # between checkpoints where no number of steps is given
 NORMS = tuple(f"grad_norm_{part}" for part in PARTS)
 
 
@@ -50,6 +51,7 @@ class RunFolder(lightning.Callback):
         self._signals = StopSignals()
         self._step = 0  # last one that was seen
         self._mark = (0.0, 0)  # clock and step of the last line
+        self._saved = 0.0  # clock of the last checkpoint
         measured = [*MEASURED, *answer_columns(answer_kinds(config))]
         validated = [f"val_{name}" for name in measured]
         self._columns = [*COLUMNS, *NORMS, *TAUGHT, *measured, *validated]
@@ -97,7 +99,7 @@ class RunFolder(lightning.Callback):
         if step:
             where = f"{self.folder}: going on at step {step:,} of {self.config.total_steps:,}"
             module.print(f"{where}; Ctrl-C saves and stops", file=sys.stderr, flush=True)
-        self._mark = (time.monotonic(), step)
+        self._mark, self._saved = (time.monotonic(), step), time.monotonic()
         self._signals.__enter__()  # after Lightning has put up its own
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
@@ -109,10 +111,15 @@ class RunFolder(lightning.Callback):
         validate = self.validation is not None and (last or step % train.validate_every == 0)
         if last or validate or step % train.log_every == 0:
             self._report(trainer, module, validate)
-        if last or self._signals or step % train.save_every == 0:
+        if last or self._signals or self._due(step):
             self._save(trainer, module)
         if self._signals:
             raise Stopped(self._signals.number)
+
+    def _due(self, step: int) -> bool:
+        if self.config.train.save_every is None:
+            return time.monotonic() - self._saved >= SAVE_SECONDS
+        return step % self.config.train.save_every == 0
 
     def _report(self, trainer, module, validate: bool) -> None:
         """Add a line to metrics.csv and say it; keep the model if it is the best so far."""
@@ -151,6 +158,7 @@ class RunFolder(lightning.Callback):
             os.fsync(file.fileno())
         os.replace(scratch, self.checkpoint)
         self._save_model("last", module.model, self._step)
+        self._saved = time.monotonic()
 
     def _save_model(self, name: str, model: nn.Module, step: int) -> None:
         tokenizer = tokenizer_json(self.config)

@@ -26,6 +26,7 @@ from wakesleep.streams.training import StreamModule, TrainingFailed, train
 from wakesleep.streams.training_config import AdmissionConfig, TrainConfig
 from wakesleep.streams.training_data import StreamDataModule, open_source
 from wakesleep.streams.training_draws import draw_blind, never
+from wakesleep.streams.training_run import RunFolder
 from wakesleep.streams.unroll import unroll
 from wakesleep.ttl.model_io import load_model
 from wakesleep.ttl.state import map_state, named_tensors, select
@@ -185,6 +186,21 @@ def test_kill_and_resume_ends_with_the_same_bits(tmp_path):
     train(config, cut, resume=True)
     train(config, tmp_path / "whole")
     assert_same_end(tmp_path / "whole", cut)
+
+
+def test_without_a_number_of_steps_a_run_is_saved_every_five_minutes(tmp_path, monkeypatch):
+    clock, saved, save = [0.0], [], RunFolder._save
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(RunFolder, "_save", lambda f, *a: (saved.append(f._step), save(f, *a)))
+    original = StreamModule.training_step
+
+    def step(module, batch, batch_idx):
+        clock[0] += 110
+        return original(module, batch, batch_idx)
+
+    monkeypatch.setattr(StreamModule, "training_step", step)
+    train(task(train={"save_every": None, "steps": 8}), tmp_path / "run")
+    assert saved == [3, 6, 8]
 
 
 def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
