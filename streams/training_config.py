@@ -151,6 +151,7 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int | None = None  # CPU threads; None: as many as torch would use
+    logger: Literal["csv", "wandb", "tensorboard"] = "csv"  # beside metrics.csv, see there
     trainer: dict[str, Any] = field(default_factory=dict)  # keyword arguments of lightning.Trainer
 
     def __post_init__(self) -> None:

@@ -31,11 +31,18 @@ from wakesleep.streams.optimizers import PARTS
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
+from wakesleep.streams.training_loggers import open_loggers
 from wakesleep.streams.training_metrics import MEASURED, TAUGHT, answer_columns, line
 from wakesleep.ttl.files import write_atomically
 from wakesleep.ttl.model_io import model_sha256, save_model
 
-FREE = ("train.save_every", "train.log_every", "threads", "device")  # may change on resume
+FREE = (
+    "train.save_every",
+    "train.log_every",
+    "threads",
+    "device",
+    "logger",
+)  # may change on resume
 COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "lr", "grad_norm")
 SAVE_SECONDS = 300.0  # between checkpoints where no number of steps is given
 NORMS = tuple(f"grad_norm_{part}" for part in PARTS)
@@ -100,6 +107,9 @@ class RunFolder(lightning.Callback):
             where = f"{self.folder}: going on at step {step:,} of {self.config.total_steps:,}"
             module.print(f"{where}; Ctrl-C saves and stops", file=sys.stderr, flush=True)
         self._mark, self._saved = (time.monotonic(), step), time.monotonic()
+        settings = {name: str(value) for name, value in flat(self.config).items()}
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
         self._signals.__enter__()  # after Lightning has put up its own
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
@@ -145,6 +155,8 @@ class RunFolder(lightning.Callback):
                 self._save_model("best", module.model, step)
         with open(self.folder / "metrics.csv", "a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: row[name] for name in self._columns if name in row}, step)
         total = self.config.total_steps
         left = lasted / max(1, step - before) * (total - step)
         module.print(line(step, total, row, left), file=sys.stderr, flush=True)
@@ -205,7 +217,8 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
     """A quiet Trainer with this run's settings; `config.trainer` wins over all of them.
 
     Raises:
-        Refused: Lightning does not know a key, or its value; more than one device.
+        Refused: Lightning does not know a key, or its value; more than one device; the package of
+            a logger is missing.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -224,7 +237,7 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
         "devices": 1,
         "precision": "bf16-mixed" if config.train.bf16 else "32-true",
         "gradient_clip_val": config.optim.clip,
-        "logger": False,
+        "logger": open_loggers(config, folder.folder) or False,
         "enable_checkpointing": False,
         "enable_model_summary": False,
         "enable_progress_bar": bar,

@@ -1,0 +1,51 @@
+"""What is logged elsewhere is what metrics.csv has, and a logger that is not there is told."""
+
+import csv
+
+import pytest
+from lightning.pytorch.loggers import Logger
+
+from wakesleep.streams import training_loggers, training_run
+from wakesleep.streams.config import load_config
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.train_command import find_recipe
+from wakesleep.streams.training import train
+from wakesleep.streams.training_config import TrainConfig
+
+
+class Recorder(Logger):
+    name, version = "recorder", 0
+
+    def __init__(self):
+        self.settings, self.rows = {}, {}
+
+    def log_hyperparams(self, params):
+        self.settings = dict(params)
+
+    def log_metrics(self, metrics, step):
+        self.rows[step] = dict(metrics)
+
+
+def config(**keys) -> TrainConfig:
+    train_keys = {"steps": 4, "log_every": 2, "save_every": 4, "validate_every": 4}
+    overrides = {"train": train_keys, "threads": 1, **keys}
+    return load_config(TrainConfig, find_recipe("configs/tiny.yaml"), overrides)[0]
+
+
+def test_a_logger_gets_the_settings_and_the_lines_of_metrics_csv(tmp_path, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(training_run, "open_loggers", lambda *_: [recorder])
+    train(config(), tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        lines = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    assert list(recorder.rows.values()) == lines and list(recorder.rows) == [2, 4]
+    assert recorder.settings["optim.lr"] == "0.002"
+
+
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch, logger):
+    monkeypatch.setattr(training_loggers, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match=f"{logger} is not installed") as refusal:
+        train(config(logger=logger), tmp_path / "run")
+    assert f"pip install {logger}" in str(refusal.value)
+    assert not (tmp_path / "run").exists()
