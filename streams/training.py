@@ -226,7 +226,8 @@ class StreamModule(lightning.LightningModule):
             means.add("loss_blind", float(tokens.blind))
         chunk, window = self.config.model.chunk, self.model.window_of(read.state)
         reach = window + chunk
-        add_answers(means, batch, tokens.right, self.kinds, reach, draw.keep_all)
+        answered = (batch, tokens.right, tokens.stale, self.kinds, reach, draw.keep_all)
+        add_answers(means, *answered)
         until = last_stored(read.state.position, chunk, window)
         facts = fact_ranking(read.state, read.stored, batch.fact, until, draw.keep_all)
         for name, value in facts.items():

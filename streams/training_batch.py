@@ -30,5 +30,6 @@ class Batch(NamedTuple):
     value: Tensor  # [B, T] bool: these, and values that no longer count or nobody asks for
     lengths: Tensor  # [B, K] int64 tokens of each segment
     reset: Tensor  # [B, K] bool: a document starts with this segment
+    stale: Tensor  # [B, T] int64 where an answer begins: the value that was overwritten, or -1
     answers: Answers
     cursor: int  # number of this batch

@@ -47,6 +47,9 @@ class Tasks:
             age=rows["answer_age"],
             kind=rows["answer_kind"],
         )
+        stale = torch.full((B, T), -1)
+        if "answer_stale" in rows:
+            stale[answers.lane, answers.start] = rows["answer_stale"]
         reset = torch.zeros(B, self.segments, dtype=torch.bool)
         reset[:, 0] = True
         return Batch(
@@ -57,6 +60,7 @@ class Tasks:
             recalled=_inside(Answers(*(part[answers.age >= 0] for part in answers)), B, T),
             fact=rows["fact"],
             value=rows["value"],
+            stale=stale,
             lengths=torch.full((B, self.segments), T // self.segments),
             reset=reset,
             answers=answers,

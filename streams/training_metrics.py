@@ -40,13 +40,14 @@ class Means:
 
 def answer_columns(kinds: Iterable[str]) -> list[str]:
     """Names of all values that `add_answers` may add."""
-    return ["answers", *PLACES, *DECADES, "nothing", *(f"kind_{kind}" for kind in kinds)]
+    return ["answers", *PLACES, *DECADES, "nothing", "stale", *(f"kind_{kind}" for kind in kinds)]
 
 
 def add_answers(
     means: Means,
     batch: Batch,
     right: Tensor,
+    stale: Tensor,
     kinds: tuple[str, ...],
     reach: int,
     keep_all: bool,
@@ -55,6 +56,7 @@ def add_answers(
 
     Args:
         right: [B, T] bool, the likeliest next token is the target.
+        stale: [B, T] bool, it is the first one of the value before.
         reach: an answer to a fact of at most this age may have come from the window.
         keep_all: the store evicted nothing in this step.
     """
@@ -81,6 +83,9 @@ def add_answers(
     for name, members in groups.items():
         if members.any():
             means.add(name, hit[members].mean(), int(members.sum()))
+    changed = (batch.stale >= 0).cpu()
+    if changed.any():
+        means.add("stale", float(stale.cpu()[changed].float().mean()), int(changed.sum()))
 
 
 def line(step: int, total: int, row: dict[str, float], seconds_left: float) -> str:

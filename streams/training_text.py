@@ -63,6 +63,7 @@ class TextLanes:
             recalled=torch.zeros(B, K * S),
             fact=torch.zeros(B, K * S, dtype=torch.bool),
             value=torch.zeros(B, K * S, dtype=torch.bool),
+            stale=torch.full((B, K * S), -1),
             lengths=torch.from_numpy(lengths),
             reset=torch.from_numpy(reset),
             answers=Answers(*(nothing,) * 5),

@@ -35,6 +35,7 @@ class TokenLoss(NamedTuple):
     rest: Tensor  # scalar, mean over the other tokens with a weight; nan without any
     blind: Tensor  # scalar, mean over the blind ones of all these; nan without any
     right: Tensor  # [B, T] bool: the likeliest token is the target; answer tokens only
+    stale: Tensor  # [B, T] bool: it is the one that has been overwritten
 
 
 def unroll(
@@ -116,11 +117,12 @@ def next_token_loss(
     if z_loss:
         normaliser = torch.logsumexp(logits.float(), -1)
         loss = loss + z_loss * (normaliser.square() * weight).sum() / weight.sum().clamp(min=1e-6)
-    right = torch.zeros_like(batch.weight, dtype=torch.bool)
-    right.view(-1)[rows[asked]] = logits.detach()[asked].argmax(-1) == targets[asked]
+    said = torch.full_like(batch.targets, -2)
+    said.view(-1)[rows[asked]] = logits.detach()[asked].argmax(-1)
+    right, stale = said == batch.targets, said == batch.stale
     seen = losses.detach()
     alone = torch.zeros_like(asked) if blind is None else blind.flatten()[rows]
-    return TokenLoss(loss, *(seen[group].mean() for group in (asked, ~asked, alone)), right)
+    return TokenLoss(loss, *(seen[group].mean() for group in (asked, ~asked, alone)), right, stale)
 
 
 def last_stored(position: Tensor, chunk: int, window: int) -> Tensor:

@@ -28,6 +28,32 @@ def test_every_answer_is_the_value_of_its_key(queries, length):
             assert (row[1:12:2] >= 20).all() and (keys < 20).all() and (keys > 0).all()
 
 
+def test_the_latest_value_of_an_overwritten_key_counts():
+    config = MQARConfig(pairs=6, queries=6, overwritten=4, vocab_size=40)
+    task, orders = MQAR(config, 50, seed=0), set()
+    for step in range(20):
+        batch = task.batch(step, lanes=3)
+        names = ("lane", "start", "age", "kind", "stale")
+        for lane, start, age, kind, stale in zip(
+            *(batch[f"answer_{name}"] for name in names), strict=True
+        ):
+            row = batch["tokens"][lane]
+            places = [2 * i for i in range(10) if row[2 * i] == row[start - 1]]
+            values = [row[place + 1] for place in places]
+            assert row[start] == values[-1] and age == start - (places[-1] + 1)
+            assert len(places) == 1 + kind and stale == (values[0] if kind else -1)
+            assert not kind or values[0] != values[1]
+            assert batch["value"][lane, [place + 1 for place in places]].all()
+            assert batch["fact"][lane, places[-1] + 1] and batch["fact"][lane].sum() == 6
+        assert batch["answer_kind"].sum() == 3 * 4 and batch["value"].sum() == 3 * 10
+        orders.add(tuple(batch["answer_age"]))
+    assert len(orders) == 20
+    with pytest.raises(ValueError, match=r"\(pairs \+ overwritten \+ queries\) = 32, got 31"):
+        MQAR(config, 31, 0)
+    with pytest.raises(ValueError, match="overwritten must be between 0 and pairs=6: 7"):
+        MQARConfig(pairs=6, queries=6, overwritten=7, vocab_size=40)
+
+
 def test_a_batch_depends_on_its_number_and_the_seed_alone():
     config = MQARConfig(pairs=6, queries=6, vocab_size=40)
     same = [MQAR(config, 32, 0).batch(5, 2)["tokens"] for _ in range(2)]

@@ -40,7 +40,8 @@ def test_answers_are_right_only_if_all_their_tokens_are():
     right = torch.zeros(2, 32, dtype=torch.bool)
     right[0, 4:7], right[0, 10], right[1, 4:6], right[1, 9:12] = True, True, True, True
     means = Means()
-    add_answers(means, batch._replace(answers=answers), right, ("mqar",), 16, keep_all=True)
+    asked = batch._replace(answers=answers)
+    add_answers(means, asked, right, ~right, ("mqar",), 16, keep_all=True)
     found = means.take()
     assert found.pop("answers") == found.pop("kind_mqar") == 0.5
     assert found == {
@@ -53,6 +54,20 @@ def test_answers_are_right_only_if_all_their_tokens_are():
         "age_100": 0.0,
     }
     assert means.take() == {}
+
+
+def test_stale_answers_are_a_share_of_the_overwritten_ones():
+    config = MQARConfig(pairs=4, queries=4, overwritten=2, vocab_size=32)
+    batch = Tasks(MQAR(config, 32, 0), 2, 1).batch(0)
+    changed = (batch.stale >= 0).nonzero()
+    assert len(changed) == 4
+    stale = torch.zeros(2, 32, dtype=torch.bool)
+    stale[tuple(changed[0])] = True
+    means = Means()
+    add_answers(means, batch, ~stale, stale, MQAR.kinds, 16, keep_all=True)
+    found = means.take()
+    assert found["stale"] == 0.25 and found["kind_overwritten"] == 0.75
+    assert found["kind_mqar"] == 1.0
 
 
 def test_every_lane_reads_whole_documents_in_order(tmp_path):
