@@ -26,6 +26,7 @@ from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, StreamDataModule, answer_kinds, open_source
 from wakesleep.streams.training_draws import Blind, Draw, draw_blind, draw_step, never
+from wakesleep.streams.training_health import GateMeans, add_health
 from wakesleep.streams.training_metrics import Means, add_answers
 from wakesleep.streams.training_run import RunFolder, make_trainer
 from wakesleep.streams.unroll import TokenLoss, Unrolled, last_stored, next_token_loss, unroll
@@ -56,6 +57,7 @@ class StreamModule(lightning.LightningModule):
         self.state: StreamState | None = None  # what the lanes carry, detached
         self.pool = empty_pool(self.model.init_state(1), config.admission.distractor_pool)
         self.means = Means()
+        self._gates = GateMeans(self.model)
         self._rng: dict[str, Any] | None = None  # of a checkpoint, until training starts
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -77,6 +79,8 @@ class StreamModule(lightning.LightningModule):
             loss = loss + admission.weight * self._teach(read, batch)
         self._require_finite(loss, tokens, read)
         self._count(self.means, tokens, read, batch, draw)
+        self._gates.add_to(self.means)
+        add_health(self.means, read.state, read.surprise)
         if self.config.carries:
             self.state = detach(read.state)
         elif self.config.admission.distractor_share:
@@ -97,6 +101,7 @@ class StreamModule(lightning.LightningModule):
             read = unroll(self.model, batch, self._start(draw, state), draw, self.pool)
             state = read.state if self.config.carries else None
             self._count(means, self._next_token(read, batch), read, batch, draw)
+        self._gates.add_to(Means())  # of the validation: nobody asks
         self.model.train()
         return means.take()
 

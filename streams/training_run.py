@@ -31,6 +31,7 @@ from wakesleep.streams.optimizers import PARTS
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
+from wakesleep.streams.training_health import HEALTH
 from wakesleep.streams.training_loggers import open_loggers
 from wakesleep.streams.training_metrics import MEASURED, TAUGHT, answer_columns, line
 from wakesleep.ttl.files import write_atomically
@@ -61,7 +62,7 @@ class RunFolder(lightning.Callback):
         self._saved = 0.0  # clock of the last checkpoint
         measured = [*MEASURED, *answer_columns(answer_kinds(config))]
         validated = [f"val_{name}" for name in measured]
-        self._columns = [*COLUMNS, *NORMS, *TAUGHT, *measured, *validated]
+        self._columns = [*COLUMNS, *NORMS, *HEALTH, *TAUGHT, *measured, *validated]
 
     @property
     def checkpoint(self) -> Path:

@@ -27,6 +27,7 @@ class Unrolled(NamedTuple):
     stored: Tensor  # [B, T] int64, the same now: what was in the window during a jump moved on
     foreign: list[tuple[int, int]]  # intervals of positions that distractors have
     nonfinite: int  # rows that the model had to mask
+    surprise: Tensor  # [B, T] write strength, mean over the layers with a memory
 
 
 class TokenLoss(NamedTuple):
@@ -65,7 +66,7 @@ def unroll(
     S = batch.tokens.shape[1] // K
     window = model.window_of(state)
     columns = torch.arange(S, device=batch.tokens.device)
-    hidden, position, stored, foreign, nonfinite = [], [], [], [], 0
+    hidden, position, stored, foreign, surprise, nonfinite = [], [], [], [], [], 0
     for k in range(K):
         here = slice(k * S, (k + 1) * S)
         if bool((batch.reset[:, k] & (state.position > 0)).any()):
@@ -92,9 +93,11 @@ def unroll(
             head=False,
         )
         hidden.append(x)
+        surprise.append(stats.surprise)
         nonfinite += int(stats.nonfinite.sum())
-    hidden, position, stored = (torch.cat(parts, 1) for parts in (hidden, position, stored))
-    return Unrolled(hidden, state, position, stored, foreign, nonfinite)
+    parts = (hidden, position, stored, surprise)
+    hidden, position, stored, surprise = (torch.cat(part, 1) for part in parts)
+    return Unrolled(hidden, state, position, stored, foreign, nonfinite, surprise)
 
 
 def next_token_loss(
