@@ -72,6 +72,7 @@ class StreamModule(lightning.LightningModule):
             blind = Blind(*(part.to(self.device) for part in blind))
             batch = batch._replace(weight=self._weigh(batch.weight, blind.judged))
         hidden = None if blind is None else blind.tokens
+        self._gates.start()
         read = unroll(self.model, batch, start, draw, self.pool, floor, recompute, hidden)
         tokens = self._next_token(read, batch, hidden)
         loss = tokens.loss
@@ -101,7 +102,6 @@ class StreamModule(lightning.LightningModule):
             read = unroll(self.model, batch, self._start(draw, state), draw, self.pool)
             state = read.state if self.config.carries else None
             self._count(means, self._next_token(read, batch), read, batch, draw)
-        self._gates.add_to(Means())  # of the validation: nobody asks
         self.model.train()
         return means.take()
 

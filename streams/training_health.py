@@ -22,19 +22,22 @@ HEALTH = (
 
 
 class GateMeans:
-    """Means of all gates since the last `add_to`, over layers, heads and tokens."""
+    """Means of all gates since `start`, over layers, heads and tokens."""
 
     def __init__(self, model: TTLModel) -> None:
-        self.sums: dict[str, list[Tensor]] = {}
+        self.seen: dict[str, list[Tensor]] = {}
         for module in model.modules():
             if isinstance(module, NeuralMemory):
                 module.gates.register_forward_hook(self._hook(module))
 
+    def start(self) -> None:
+        """Forget what was seen: a validation, or what a backward pass computed again."""
+        self.seen.clear()
+
     def add_to(self, means: Means) -> None:
         """Hand over what was seen."""
-        for name, seen in self.sums.items():
-            means.add(f"gate_{name}", float(torch.stack(seen).mean()))
-        self.sums = {}
+        for name, values in self.seen.items():
+            means.add(f"gate_{name}", float(torch.stack(values).mean()))
 
     def _hook(self, memory: NeuralMemory):
         heads, top = memory.num_heads, memory.config.max_momentum
@@ -44,7 +47,7 @@ class GateMeans:
             averages = gates.flatten(0, 1).mean((0, 2))
             for name, value in zip(GATES, averages, strict=False):  # a memory may lack the last
                 value = value * top if name == "momentum" else value
-                self.sums.setdefault(name, []).append(value)
+                self.seen.setdefault(name, []).append(value)
 
         return hook
 
