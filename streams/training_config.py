@@ -137,6 +137,10 @@ class DataConfig:
     mqar: MQARConfig = field(default_factory=MQARConfig)
     paths: tuple[str, ...] = ()  # text: files or folders
     validation_paths: tuple[str, ...] = ()  # text: documents held out
+    workers: int = 0  # processes that make batches ahead of the model; 0: it waits for each
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.workers <= 256, "workers", "from 0 to 256", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Protocol
 import lightning
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from wakesleep.streams.mixture import Mixture
 from wakesleep.streams.mqar import MQAR
@@ -68,20 +69,38 @@ class Tasks:
         )
 
 
-class LaneLoader:
-    """Batches from `start` on. The length is that of an endless epoch; `max_steps` ends a run."""
+class Numbered(Dataset):
+    """A source as torch's DataLoader wants it."""
 
-    def __init__(self, source: Source, start: int) -> None:
-        self.source, self.cursor = source, start
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.source.batch(number)
+
+
+class LaneLoader:
+    """Batches from `start` on. The length is that of an endless epoch; `max_steps` ends a run.
+
+    Processes that make them ahead change nothing: a batch follows from its number.
+    """
+
+    def __init__(self, source: Source, start: int, workers: int = 0) -> None:
+        self.source, self.cursor, self.workers = source, start, workers
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            number = self.cursor
-            self.cursor += 1
-            yield self.source.batch(number)
+        numbers = range(self.cursor, ENDLESS)
+        batches = map(self.source.batch, numbers) if not self.workers else self._ahead(numbers)
+        for number, batch in zip(numbers, batches, strict=True):
+            self.cursor = number + 1
+            yield batch
+
+    def _ahead(self, numbers: range) -> DataLoader:
+        given = {"batch_size": None, "num_workers": self.workers}
+        return DataLoader(Numbered(self.source), sampler=numbers, **given)
 
     def state_dict(self) -> dict[str, int]:
         return {"cursor": self.cursor}
@@ -99,7 +118,8 @@ class StreamDataModule(lightning.LightningDataModule):
         self.source = open_source(config)
 
     def train_dataloader(self) -> LaneLoader:
-        return LaneLoader(self.source, self.trainer.lightning_module.cursor)
+        first = self.trainer.lightning_module.cursor
+        return LaneLoader(self.source, first, self.config.data.workers)
 
 
 def open_source(config: TrainConfig, *, validation: bool = False) -> Source:

@@ -37,13 +37,8 @@ from wakesleep.streams.training_metrics import MEASURED, TAUGHT, answer_columns,
 from wakesleep.ttl.files import write_atomically
 from wakesleep.ttl.model_io import model_sha256, save_model
 
-FREE = (
-    "train.save_every",
-    "train.log_every",
-    "threads",
-    "device",
-    "logger",
-)  # may change on resume
+# may change on resume
+FREE = ("train.save_every", "train.log_every", "threads", "device", "logger", "data.workers")
 COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "lr", "grad_norm")
 SAVE_SECONDS = 300.0  # between checkpoints where no number of steps is given
 NORMS = tuple(f"grad_norm_{part}" for part in PARTS)

@@ -203,6 +203,28 @@ def test_without_a_number_of_steps_a_run_is_saved_every_five_minutes(tmp_path, m
     assert saved == [3, 6, 8]
 
 
+@pytest.mark.parametrize("kind", ["mqar", "text"])
+def test_a_run_resumed_with_other_workers_ends_with_the_same_bits(tmp_path, monkeypatch, kind):
+    (tmp_path / "texts").mkdir()
+    config = task() if kind == "mqar" else text(tmp_path / "texts")
+    busy = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
+    train(config, tmp_path / "whole")
+    original = StreamModule.training_step
+
+    def step(module, batch, batch_idx):
+        if batch.cursor == 3:
+            raise Crash
+        return original(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(StreamModule, "training_step", step)
+        train(busy, tmp_path / "cut")
+    train(config, tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    train(busy, tmp_path / "busy")
+    assert_same_end(tmp_path / "whole", tmp_path / "busy")
+
+
 def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
     config = task(train={"steps": 1, "validate_every": 0})
     train(config, tmp_path / "run", resume=True)  # nothing to resume: it starts
