@@ -21,7 +21,7 @@ from wakesleep.streams import ask_command, doctor_command, stream_command, train
 from wakesleep.streams.allocator import restart_with_tuned_malloc
 from wakesleep.streams.console import shortened, use_any_encoding
 from wakesleep.streams.errors import Refused
-from wakesleep.streams.stopping import Stopped
+from wakesleep.streams.stopping import Stopped, leave_at_signals
 
 COMMANDS = {
     "stream": stream_command,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments is None:
             return 0
         if argv is None:
-            signal.signal(signal.SIGTERM, _stop)
+            leave_at_signals()
             if name in HEAVY:
                 restart_with_tuned_malloc()
         return COMMANDS[name].run(arguments)
@@ -158,10 +158,6 @@ def _in_words(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and first:
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _version() -> str:

@@ -20,6 +20,8 @@ from wakesleep.streams.values import expected, group_of, parse_literal, parse_va
 
 MAX_YAML_BYTES = 1 << 20  # a recipe is a page of text; anything larger is the wrong file
 
+DOLLAR, NO_DOLLAR = "${", "\ue000{"  # a character for private use: in no recipe
+
 Schema = TypeVar("Schema")
 
 
@@ -187,7 +189,8 @@ def _nearest(key: str, kinds: Mapping[str, Any]) -> str:
     for text in (key, key.rpartition(".")[2]):
         if close := difflib.get_close_matches(text, names, n=1):
             return f"; did you mean {names[close[0]]}?"
-    return ""
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+    return f"; the nearest one is {names[close[0]]}" if close else ""
 
 
 def _build(
@@ -254,10 +257,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_YAML_BYTES:
         raise Refused(f"{path}: larger than {MAX_YAML_BYTES:,} bytes, so no YAML of settings")
     try:
-        layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        text = path.read_text(encoding="utf-8").replace(DOLLAR, NO_DOLLAR)
+        layer = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except Exception as error:  # YAML, encoding and omegaconf each have a family of their own
         reason = " ".join(str(error).split())[:200]
         raise Refused(f"{path}: not readable as YAML", reason) from error
     if not isinstance(layer, dict):
         raise Refused(f"{path}: expected keys with values, not a list")
-    return layer
+    return _restored(layer)
+
+
+def _restored(value: Any) -> Any:
+    """The value with its `${` again, which OmegaConf would have taken apart."""
+    if isinstance(value, str):
+        return value.replace(NO_DOLLAR, DOLLAR)
+    if isinstance(value, dict):
+        return {_restored(key): _restored(part) for key, part in value.items()}
+    return [_restored(part) for part in value] if isinstance(value, list) else value

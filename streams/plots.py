@@ -6,6 +6,7 @@ imported where a figure is made, without pyplot: no window, no global state.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -17,6 +18,7 @@ import numpy as np
 
 from wakesleep.streams.quantities import count, rounded
 from wakesleep.streams.results import Fact, by_decade, by_training, decade_name
+from wakesleep.ttl.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,9 +62,9 @@ def draw_plots(folder: Path) -> list[Path]:
         planted = [summary["tokens"] - fact["age_tokens"] for fact in summary["facts"]]
         figures["store.png"] = store_figure(held, summary["tokens"], planted)
     for name, figure in figures.items():
-        scratch = folder / f".{name}.new"
-        figure.savefig(scratch, format="png", dpi=DPI)
-        scratch.replace(folder / name)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=DPI)
+        write_atomically(folder / name, picture.getvalue())
     return [folder / name for name in figures]
 
 

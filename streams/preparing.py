@@ -57,7 +57,7 @@ def prepare_reading(
         plan = plan_lanes(config, records, documents, vocab_size)
     else:
         plan = plan_reading(records, documents, vocab_size=vocab_size, limit=limit, again=again)
-    if manifest is not None and plan.known:
+    if manifest is not None and (plan.known or not documents):
         _check_limit(plan, manifest, limit)
     for task in plan.tasks:
         task.document.check(vocab_size)
@@ -109,7 +109,7 @@ def _open(
 def _check_limit(plan: ReadingPlan, manifest: Manifest, new: float) -> None:
     """Hold a document that was begun to its limit, which may only grow."""
     old = manifest.config.limit_tokens
-    planted = bool(manifest.facts) and 0 in plan.known
+    planted = bool(manifest.facts) and (0 in plan.known or not plan.tasks)
     if new < old or (planted and new != old):
         raise Refused(
             f"limit_tokens={new:,} is given, the session has limit_tokens={old:,}",

@@ -82,7 +82,8 @@ def progressed(tokens: int, total: float) -> str:
     """1.20M of 10.0M tokens, 12 %."""
     if not math.isfinite(total):
         return f"{count(tokens)} tokens"
-    return f"{count(tokens)} of {count(total)} tokens, {100 * tokens / max(total, 1):.0f} %"
+    total = max(total, tokens, 1)  # it may have been an estimate
+    return f"{count(tokens)} of {count(total)} tokens, {100 * tokens / total:.0f} %"
 
 
 def figures(line: Mapping[str, Any]) -> str:

@@ -128,9 +128,16 @@ class Reading:
         return record.tokens
 
     def fetch(self, read: Callable[[], Fetched]) -> Fetched:
-        """Call `read`; a fault of the document ends the reading, not what was read."""
+        """Call `read`; a fault of the document ends the reading, not what was read.
+
+        A signal ends it too, at once: standard input may have nothing to say for hours.
+        """
         try:
-            return read()
+            with self._stop.waiting():
+                return read()
+        except Stopped:
+            self.save()
+            raise
         except ValueError as error:
             self.save()
             what, *rest = str(error).splitlines()

@@ -50,8 +50,8 @@ def plan_reading(
     """
     last = len(records) - 1
     known = _known_as(documents, records, vocab_size)
-    if not again and last not in known:
-        _refuse_changed(records, documents)
+    if not again:
+        _refuse_changed(records, documents, known)
     if unfinished_file(records) and last not in known:
         _refuse_unfinished(records[last])
     if again and not unfinished_file(records):
@@ -151,17 +151,24 @@ def _beginning(document: Document, lengths: set[int], vocab_size: int) -> _Begin
     return _Beginning(found, count)
 
 
-def _refuse_changed(records: Sequence[DocumentRecord], documents: Sequence[Document]) -> None:
-    """Refuse a document whose record goes on, but which does not begin as it did."""
-    record = records[-1] if records else None
-    if record is None or record.ended or record.source is None:
-        return
-    if any(_is_at(document, record) for document in documents):
-        raise Refused(
-            f"{record.name} has changed since it was read",
-            f"in its first {record.bytes_done:,} bytes of text",
-            "put the old text back, or read the new one in another --session",
-        )
+def _refuse_changed(
+    records: Sequence[DocumentRecord],
+    documents: Sequence[Document],
+    known: Sequence[int | None],
+) -> None:
+    """Refuse a document that is where one was read, but does not begin as that did."""
+    strangers = [doc for doc, index in zip(documents, known, strict=True) if index is None]
+    for index, record in enumerate(records):
+        gone_on = index in known  # it lies elsewhere now, under its old content
+        if record.source is None or not record.bytes_done or gone_on:
+            continue
+        if any(_is_at(document, record) for document in strangers):
+            way = "--again reads it as a new one" if record.ended else "put the old text back"
+            raise Refused(
+                f"{record.name} has changed since it was read",
+                f"in its first {record.bytes_done:,} bytes of text",
+                f"{way}, or read the new text in another --session",
+            )
 
 
 def _is_at(document: Document, record: DocumentRecord) -> bool:

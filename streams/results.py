@@ -51,7 +51,11 @@ def next_command(folder: Path, facts: Sequence[Fact]) -> str:
     """The command to type now: one of the planted facts, or the prompt."""
     command = f"wakesleep ask {shlex.quote(shortened(str(folder), 200))}"
     known = next((fact for fact in facts if fact["correct"]), None)
-    return f'{command} "{shortened(known["question"], 120)}"' if known else command
+    if known is None:
+        return command
+    question = shortened(known["question"], 120)
+    plain = not set(question) & set('"$`\\!')
+    return f'{command} "{question}"' if plain else f"{command} {shlex.quote(question)}"
 
 
 def decade(age: int) -> int:

@@ -52,8 +52,7 @@ def load_session(
     session = as_dict(manifest.config) if manifest else None
     config, origins = load_config(StreamConfig, overrides=options, session=session)
     if manifest is not None:
-        if config.dtype == "auto":
-            config = dataclasses.replace(config, dtype=manifest.config.dtype)
+        config = _keep_fixed(manifest.config, config)
         _check_fixed(manifest.config, config, origins)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -88,11 +87,20 @@ def environment_of(language_model: LanguageModel) -> str:
     return f"torch {torch.__version__}, {platform.system()} {platform.machine()}, {device}"
 
 
+def _keep_fixed(old: StreamConfig, new: StreamConfig) -> StreamConfig:
+    """The session's own value of every fixed key that is left open."""
+    before, now = flat(old), flat(new)
+    left_open = [key for key in FIXED_KEYS if now[key] in (None, "auto")]
+    kept = {key: before[key] for key in left_open if before[key] is not None}
+    facts = {key.removeprefix("facts."): kept.pop(key) for key in [*kept] if "." in key}
+    return dataclasses.replace(new, **kept, facts=dataclasses.replace(new.facts, **facts))
+
+
 def _check_fixed(old: StreamConfig, new: StreamConfig, origins: Mapping[str, str]) -> None:
     before, now = flat(old), flat(new)
     for key in FIXED_KEYS:
         given = origins[key] not in ("default", "session")
-        if given and now[key] is not None and now[key] != before[key]:
+        if given and now[key] != before[key]:
             raise Refused(
                 f"{key}={now[key]} is given, the session has {key}={before[key]}",
                 "",
@@ -125,6 +133,11 @@ def _differences(
         "environment": (manifest.environment, environment_of(language_model)),
     }
     changed = [f"{name} was {a}, is {b}" for name, (a, b) in pairs.items() if a != b]
+    last = manifest.documents[-1] if manifest.documents else None
+    if last is not None and last.finished and not last.ended:
+        limit, per = old.limit_tokens, old.segment_len
+        if config.limit_tokens > limit and last.tokens % per:
+            changed.append(f"limit_tokens was {limit:,}, no multiple of segment_len={per:,}")
     if not changed:
         return []
     return [f"equal up to rounding, not to the last bit, from here on: {'; '.join(changed)}"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,8 +21,21 @@ class Stopped(Exception):
         self.number = number
 
 
+def leave_at_signals() -> None:
+    """End this process at once at the first signal: files are whole at every moment.
+
+    An exception would not do. While torch is imported, C code swallows those that a handler raises.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
 class StopSignals:
-    """While entered, remember the first signal instead of obeying it.
+    """While entered, remember the first signal instead of obeying it; a second one ends all.
 
     >>> with StopSignals() as stop:
     ...     while work() and not stop:
@@ -28,6 +44,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._waiting = False
 
     def __bool__(self) -> bool:
         return self.number is not None
@@ -42,7 +59,18 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Raise Stopped at a signal in here, where a read may wait for ever."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
     def _obey(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            os._exit(128 + number)  # no cleaning up: files are whole at every moment
+            _leave(number, frame)
         self.number = number
+        if self._waiting:
+            raise Stopped(number)

@@ -119,7 +119,7 @@ def default_folder(document: str | None) -> Path:
     name = path.name or "root"
     while not path.is_dir() and (suffix := Path(name).suffix).lower() in KNOWN_SUFFIXES:
         name = name.removesuffix(suffix)
-    return Path("runs") / name
+    return Path("runs") / (name if name.strip(".") else "document")
 
 
 def _bundled(what: str) -> str:

@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         raise Refused("train needs --output DIR", "", f"For example: --output runs/{recipe.stem}")
     output = Path(arguments.output)
+    if output.exists() and not output.is_dir():
+        raise Refused(f"{output} is no folder", "", "choose another --output")
     steps, tokens = config.total_steps, config.train.lanes * config.train.sequence_len
     plan = f"{steps:,} steps of {count(tokens * config.accumulate)} tokens into {output}"
     if arguments.dry_run:

@@ -58,7 +58,7 @@ def config_from_json(schema: type[Schema], values: Any, where: str = "config") -
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parse JSON without NaN, infinities, repeated keys or deep nesting.
+    """Parse JSON without NaN, infinities (1e999 is one), repeated keys or deep nesting.
 
     Raises:
         ValueError: anything else.
@@ -67,13 +67,19 @@ def parse_json(data: bytes, where: str) -> Any:
     def refuse(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            refuse(text)
+        return value
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):
             raise ValueError("a key stands there twice")
         return found
 
     try:
-        return json.loads(data.decode(), parse_constant=refuse, object_pairs_hook=unique)
+        hooks = {"parse_constant": refuse, "parse_float": finite, "object_pairs_hook": unique}
+        return json.loads(data.decode(), **hooks)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not plain JSON: {_short(str(error))}") from error
 

@@ -44,10 +44,17 @@ def sha256_of(file: BinaryIO) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that after a crash it holds either what it held before or all of `data`."""
+    """Write `path` so that after a crash it holds either what it held before or all of `data`.
+
+    A link or a pipe that a stranger has put in the place of `path` or of the scratch file is
+    replaced, never followed.
+    """
     scratch = path.with_name(f".{path.name}.new")
     try:
-        with open(scratch, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(scratch, flags, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

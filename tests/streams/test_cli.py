@@ -131,17 +131,41 @@ def test_how_it_ended_is_the_exit_code_and_at_most_three_lines(
     assert ("Traceback" in capsys.readouterr().err) == (code in (1, 2))
 
 
-def test_sigterm_before_the_work_begins_ends_with_143(monkeypatch):
-    def run(arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_work_begins_ends_all_at_once(number):
+    """Even where exceptions are swallowed, as by the imports of torch and numpy."""
+    result = python(
+        "import os, sys\n"
+        "from wakesleep.streams import cli, doctor_command\n"
+        "def run(arguments):\n"
+        "    print('runs', flush=True)\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "    except BaseException:\n"
+        "        pass\n"
+        "    print('still here')\n"
+        "doctor_command.run = run\n"
+        "sys.argv = ['wakesleep', 'doctor']\n"
+        "cli.main()\n"
+    )
+    assert (result.stdout, result.returncode) == ("runs\n", 128 + number)
 
-    monkeypatch.setattr(doctor_command, "run", run)
-    monkeypatch.setattr(sys, "argv", ["wakesleep", "doctor"])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert cli.main() == 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+def test_a_signal_ends_a_wait():
+    result = python(
+        "import os, signal\n"
+        "from wakesleep.streams.stopping import Stopped, StopSignals\n"
+        "read, write = os.pipe()\n"
+        "with StopSignals() as stop:\n"
+        "    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.05)\n"
+        "    try:\n"
+        "        with stop.waiting():\n"
+        "            os.read(read, 1)\n"
+        "    except Stopped as stopped:\n"
+        "        print(stopped.number)\n"
+    )
+    assert (result.stdout, result.returncode) == ("15\n", 0)
 
 
 def test_a_second_signal_stops_at_once():

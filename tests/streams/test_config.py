@@ -9,6 +9,7 @@ import pytest
 
 from wakesleep.streams.config import as_dict, flat, load_config, to_yaml
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.stream_config import StreamConfig
 from wakesleep.streams.values import parse_count, parse_literal
 
 
@@ -110,6 +111,12 @@ def test_free_keys_are_read_by_their_looks():
         "bf16-mixed",
         math.inf,
     ]
+
+
+@pytest.mark.parametrize("text", ["/x/${bad thing}/", "/x/${bad", "${oc.env:HOME}", "a$b"])
+def test_dollars_in_a_file_are_text(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(f'model: "{text}"\n')
+    assert load_config(StreamConfig, tmp_path / "a.yaml")[0].model == text
 
 
 def test_nothing_is_interpolated(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import math
+import shlex
 import sys
 
 import pytest
@@ -196,6 +197,16 @@ def test_the_table_without_facts_or_measured_loss_is_whole(tmp_path):
     assert not any("planted" in line or "age in tokens" in line for line in lines)
     assert lines[-1].endswith(f"wakesleep ask {tmp_path}")
     assert "3 rows" in "".join(table(tmp_path, nonfinite_rows=3))
+
+
+@pytest.mark.parametrize("text", ['$(rm x) "; rm', "a `b`", "back\\slash", "wow! it's"])
+def test_a_question_of_a_stranger_is_quoted(tmp_path, text):
+    command = next_command(tmp_path, [fact(5, question=text)])
+    assert shlex.split(command) == ["wakesleep", "ask", str(tmp_path), text]
+
+
+def test_an_estimate_that_was_too_low_is_not_exceeded():
+    assert progressed(24_600, 20_000) == "24.6k of 24.6k tokens, 100 %"
 
 
 def test_the_next_command_can_be_pasted(tmp_path):

@@ -44,6 +44,22 @@ def other(tmp_path, name="other.txt"):
     return path
 
 
+@pytest.mark.parametrize("and_then", [False, True])
+def test_a_finished_document_that_was_edited_is_refused(tmp_path, language_model, text, and_then):
+    folder, before = tmp_path / "s", text.read_text()
+    stream(folder, language_model, text)
+    if and_then:
+        stream(folder, language_model, other(tmp_path))
+    text.write_text("X" + before[1:])
+    with pytest.raises(Refused, match=f"{text.name} has changed since it was read"):
+        stream(folder, language_model, text)
+    assert len(records(folder)) == 1 + and_then
+    stream(folder, language_model, text, again=True)
+    assert len(records(folder)) == 2 + and_then
+    assert stream(folder, language_model, text)["tokens"] > 0  # the new one is known now
+    assert len(records(folder)) == 2 + and_then
+
+
 @pytest.mark.parametrize("segments", [0, 2])
 @pytest.mark.parametrize("second", [False, True])
 def test_a_kill_before_any_snapshot_forgets_no_document(

@@ -55,6 +55,36 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     assert not (tmp_path / "s").exists()
 
 
+def test_fixed_keys_that_are_left_open_are_the_sessions(tmp_path, language_model, text):
+    """`--print-config` of a new session says keep_ids: null and facts.count: null."""
+    facts = {"count": 2, "kinds": "pass_code"}
+    stream(tmp_path / "s", language_model, text, facts=facts)
+    first = manifest(tmp_path / "s")
+    (tmp_path / "b.txt").write_text("And this is another text. " * 30)
+    left_open = {"keep_ids": None, "facts": {"count": None}, "dtype": "auto"}
+    stream(tmp_path / "s", language_model, tmp_path / "b.txt", **left_open)
+    second = manifest(tmp_path / "s")
+    assert second["ids_bytes"] > first["ids_bytes"] > 0
+    for key in ("keep_ids", "facts", "dtype"):
+        assert second["config"][key] == first["config"][key]
+
+
+def test_a_cut_off_the_grid_is_told(tmp_path, language_model, text):
+    notes = {}
+    for limit in (300, 384):
+        folder = tmp_path / str(limit)
+        stream(folder, language_model, text, limit_tokens=limit)
+        with Session.open(folder, language_model, **OPTIONS, limit_tokens=1000) as opened:
+            notes[limit] = opened.notes
+    assert notes[384] == [] and "limit_tokens was 300, no multiple" in notes[300][0]
+
+
+def test_a_limit_may_not_fall_without_a_document_either(tmp_path, language_model, text):
+    stream(tmp_path / "s", language_model, text, limit_tokens=300)
+    with pytest.raises(Refused, match=r"limit_tokens=200 is given, the session has .*=300"):
+        stream(tmp_path / "s", language_model, None, limit_tokens=200)
+
+
 def test_files_of_others_are_not_overwritten(tmp_path, language_model, text):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "metrics.jsonl").write_text("mine")

@@ -69,6 +69,7 @@ def test_the_folder_has_the_name_of_the_document():
     }
     assert {name: default_folder(name).name for name in names} == names
     assert default_folder("-") == Path("runs/stdin")
+    assert default_folder("...txt") == default_folder("..txt") == Path("runs/document")
     assert default_folder(None) == Path("runs/britannica")
 
 

@@ -81,6 +81,7 @@ def test_anything_else_is_refused_by_name(values, words):
 AMBIGUOUS = {
     "not a number": b"NaN",
     "infinity": b"[Infinity]",
+    "infinity in digits": b"[1e999]",
     "repeated key": b'{"a": 1, "a": 2}',
     "deep": b"[" * 60_000,
     "not UTF-8": b"\xff",

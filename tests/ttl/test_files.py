@@ -46,6 +46,17 @@ def test_a_write_replaces_the_whole_file(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("name", ["a", ".a.new"])
+@pytest.mark.parametrize("make", [make_link, os.mkfifo])
+def test_a_link_or_a_pipe_of_a_stranger_is_replaced_and_never_followed(make, name, tmp_path):
+    make(tmp_path / name)
+    write_atomically(tmp_path / "a", b"data")
+    assert (tmp_path / "a").read_bytes() == b"data" and not (tmp_path / "a").is_symlink()
+    assert not os.path.lexists(tmp_path / ".a.new")
+    if (tmp_path / "target").exists():
+        assert (tmp_path / "target").read_bytes() == b"abc"
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_no_other(step, tmp_path, monkeypatch):
     path = tmp_path / "a"
