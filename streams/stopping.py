@@ -50,10 +50,14 @@ class StopSignals:
         return self.number is not None
 
     def __enter__(self) -> StopSignals:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            self._before = {number: signal.signal(number, self._obey) for number in SIGNALS}
+        self._before = self.take_over()
         return self
+
+    def take_over(self) -> dict[int, object]:
+        """Put up our handlers, again if somebody has put up others; return those that went."""
+        if threading.current_thread() is not threading.main_thread():  # others may not set any
+            return {}
+        return {number: signal.signal(number, self._obey) for number in SIGNALS}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

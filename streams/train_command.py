@@ -71,16 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise Refused(f"{output} is no folder", "", "choose another --output")
     steps, tokens = config.total_steps, config.train.lanes * config.train.sequence_len
     plan = f"{steps:,} steps of {count(tokens * config.accumulate)} tokens into {output}"
+    prepare = _import_prepare()
+    prepared = prepare(config, output, resume=arguments.resume, quiet=arguments.quiet)
     if arguments.dry_run:
         console.say(flop_table(config.model))
         console.result({"steps": steps, "tokens_per_step": tokens, "output": str(output)}, plan)
         return 0
-    train = _import_train()
-    if not output.exists():  # otherwise the folder may yet be refused, and three lines are enough
-        again = f"Ctrl-C saves and stops; go on with: {_again(arguments)}"
-        console.say(f"{plan}\n{again}\n{flop_table(config.model)}")
+    again = f"Ctrl-C saves and stops; go on with: {_again(arguments)}"
+    console.say(f"{plan}\n{again}\n{flop_table(config.model)}")
     try:
-        result = train(config, output, resume=arguments.resume)
+        result = prepared.carry_out()
     except Stopped:
         console.warn(f"stopped and saved; go on with: {_again(arguments)}")
         raise
@@ -109,17 +109,17 @@ def find_recipe(name: str) -> Path:
     raise Refused(f"{name}: no such file{hint}", "", f"Installed recipes: {known}")
 
 
-def _import_train() -> Callable[..., dict[str, Any]]:
+def _import_prepare() -> Callable[..., Any]:
     """Import Lightning, and say so where a stray torchvision keeps it from loading."""
     try:
-        from wakesleep.streams.training import train
+        from wakesleep.streams.training import prepare
     except RuntimeError as error:
         from wakesleep.streams.doctor_command import torchvision_clash
 
         if clash := torchvision_clash():
             raise Refused(*clash.split("; ")) from error
         raise
-    return train
+    return prepare
 
 
 def _ending(result: dict[str, Any], output: Path) -> str:

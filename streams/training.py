@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -34,7 +34,7 @@ from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.model_io import load_model
 from wakesleep.ttl.state import StreamState, detach, flatten, to, unflatten
 
-__all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "train"]
+__all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "prepare", "train"]
 
 CHECKPOINT_KEY = "wakesleep"
 VERSION = 2  # of what is under that key
@@ -257,18 +257,38 @@ class StreamModule(lightning.LightningModule):
         )
 
 
-def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Train in a folder; return `{"output", "steps", "model_sha256", "resumed_at"}`.
+class Run(NamedTuple):
+    """A run of which everything was checked and nothing was written."""
+
+    module: StreamModule
+    data: StreamDataModule
+    trainer: lightning.Trainer
+    folder: RunFolder
+
+    def carry_out(self) -> dict[str, Any]:
+        """Train; return `{"output", "steps", "model_sha256", "resumed_at"}`.
+
+        Raises:
+            TrainingFailed: a loss or gradient is not finite.
+            Stopped: a signal came; what was trained is saved.
+        """
+        checkpoint = self.folder.open()
+        with warnings.catch_warnings(), self.folder.signals:
+            warnings.simplefilter("ignore")  # Lightning's advice on what we do not have
+            self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
+        return self.folder.close(self.module.model, self.trainer.global_step)
+
+
+def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Load, build and check everything that a run in the folder `output` needs.
 
     Raises:
         Refused: the folder holds a run and `resume` is false, or a run with other settings;
-            train.start is a model of another config.
-        TrainingFailed: a loss or gradient is not finite.
-        Stopped: a signal came; the run was saved before.
+            train.start is a model of another config; data or trainer.* that cannot be.
     """
     data = StreamDataModule(config)
     validation = open_source(config, validation=True) if config.train.validate_every else None
-    folder = RunFolder(config, output, validation)
+    folder = RunFolder(config, output, validation, quiet=quiet)
     if config.threads:
         torch.set_num_threads(config.threads)
     lightning.seed_everything(config.seed, verbose=False)
@@ -276,11 +296,13 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[st
     trainer = make_trainer(config, folder)
     if config.train.start is not None:
         _start_from(module.model, config)
-    checkpoint = folder.open(resume)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's advice on loaders and loggers we do not have
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    return folder.close(module.model, trainer.global_step)
+    folder.check(resume)
+    return Run(module, data, trainer, folder)
+
+
+def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Prepare a run and carry it out; raises what both do."""
+    return prepare(config, output, resume=resume).carry_out()
 
 
 def _start_from(model: TTLModel, config: TrainConfig) -> None:

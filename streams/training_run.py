@@ -47,11 +47,13 @@ NORMS = tuple(f"grad_norm_{part}" for part in PARTS)
 class RunFolder(lightning.Callback):
     """Writes what a run leaves behind, every so many steps, and obeys signals."""
 
-    def __init__(self, config: TrainConfig, folder: Path, validation: Source | None) -> None:
-        self.config, self.folder, self.validation = config, folder, validation
+    def __init__(
+        self, config: TrainConfig, folder: Path, validation: Source | None, quiet: bool = False
+    ) -> None:
+        self.config, self.folder, self.validation, self.quiet = config, folder, validation, quiet
         self.best: float | None = None  # lowest val_loss so far
         self.seconds = 0.0  # of training in all calls, up to the last line
-        self._signals = StopSignals()
+        self.signals = StopSignals()
         self._step = 0  # last one that was seen
         self._mark = (0.0, 0)  # clock and step of the last line
         self._saved = 0.0  # clock of the last checkpoint
@@ -63,8 +65,8 @@ class RunFolder(lightning.Callback):
     def checkpoint(self) -> Path:
         return self.folder / "checkpoints" / "last.ckpt"
 
-    def open(self, resume: bool) -> Path | None:
-        """Make or take up the folder; return the checkpoint to go on from, None at the start.
+    def check(self, resume: bool) -> None:
+        """See whether the folder can be made or taken up.
 
         Raises:
             Refused: it holds a run and `resume` is false, or a run with other settings.
@@ -76,8 +78,11 @@ class RunFolder(lightning.Callback):
                 raise Refused(f"{self.folder} holds a run", "", remedy)
             if saved.exists():
                 self._compare(load_config(TrainConfig, saved)[0])
+
+    def open(self) -> Path | None:
+        """Make or take up the folder; return the checkpoint to go on from, None at the start."""
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(saved, to_yaml(self.config).encode())
+        write_atomically(self.folder / "config.yaml", to_yaml(self.config).encode())
         return self.checkpoint if self.checkpoint.exists() else None
 
     def close(self, model: nn.Module, step: int) -> dict[str, Any]:
@@ -101,12 +106,12 @@ class RunFolder(lightning.Callback):
         self._cut_metrics(step)
         if step:
             where = f"{self.folder}: going on at step {step:,} of {self.config.total_steps:,}"
-            module.print(f"{where}; Ctrl-C saves and stops", file=sys.stderr, flush=True)
+            self._say(module, f"{where}; Ctrl-C saves and stops")
         self._mark, self._saved = (time.monotonic(), step), time.monotonic()
         settings = {name: str(value) for name, value in flat(self.config).items()}
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
-        self._signals.__enter__()  # after Lightning has put up its own
+        self.signals.take_over()  # Lightning has put up its own
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         step, train = trainer.global_step, self.config.train
@@ -117,10 +122,14 @@ class RunFolder(lightning.Callback):
         validate = self.validation is not None and (last or step % train.validate_every == 0)
         if last or validate or step % train.log_every == 0:
             self._report(trainer, module, validate)
-        if last or self._signals or self._due(step):
+        if last or self.signals or self._due(step):
             self._save(trainer, module)
-        if self._signals:
-            raise Stopped(self._signals.number)
+        if self.signals:
+            raise Stopped(self.signals.number)
+
+    def _say(self, module, text: str) -> None:
+        if not self.quiet:
+            module.print(text, file=sys.stderr, flush=True)
 
     def _due(self, step: int) -> bool:
         if self.config.train.save_every is None:
@@ -155,7 +164,7 @@ class RunFolder(lightning.Callback):
             logger.log_metrics({name: row[name] for name in self._columns if name in row}, step)
         total = self.config.total_steps
         left = lasted / max(1, step - before) * (total - step)
-        module.print(line(step, total, row, left), file=sys.stderr, flush=True)
+        self._say(module, line(step, total, row, left))
         self._mark = (time.monotonic(), step)
 
     def _save(self, trainer, module) -> None:
@@ -223,7 +232,7 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     given = dict(config.trainer)
-    bar = given.pop("enable_progress_bar", sys.stderr.isatty())
+    bar = given.pop("enable_progress_bar", sys.stderr.isatty() and not folder.quiet)
     callbacks: list[lightning.Callback] = [folder]
     if bar:  # chosen here: Lightning would take Rich's wherever rich is installed
         callbacks.append(TQDMProgressBar(refresh_rate=10))

@@ -24,10 +24,14 @@ def _inside_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def training(monkeypatch):
-    """Put a function in the place of `training.train`; return its calls."""
+    """Put a function in the place of `Run.carry_out`, and one in that of the checks before it."""
 
-    def replace(train):
-        module = types.SimpleNamespace(train=train)
+    def replace(train, check=lambda: None):
+        def prepare(config, output, *, resume, quiet):
+            check()
+            return types.SimpleNamespace(carry_out=lambda: train(config, output, resume=resume))
+
+        module = types.SimpleNamespace(prepare=prepare)
         monkeypatch.setitem(sys.modules, "wakesleep.streams.training", module)
 
     return replace
@@ -90,15 +94,32 @@ def test_what_a_token_costs_is_said_before_training(training, capsys, flags):
     assert "head" in table and "memory" in table
 
 
+def test_whatever_cannot_be_is_refused_in_three_lines(capsys):
+    for words in (["trainer.max_stps=3"], ["trainer.devices=2"], ["train.start=nowhere"]):
+        for flags in ([], ["--dry-run"]):
+            assert cli.main(["train", "tiny.yaml", *words, "--output", "out", *flags]) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and len(err.splitlines()) <= 3 and os.listdir() == []
+
+
+def test_quiet_says_nothing_of_the_steps(capsys):
+    words = ["tiny.yaml", "train.steps=3", "train.log_every=1", "train.validate_every=0"]
+    assert cli.main(["train", *words, "threads=1", "--output", "out", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_refused_folder_takes_three_lines_in_all(training, capsys):
-    def train(config, output, *, resume):
+    def check():
         raise Refused("out holds a run", "with other settings", "choose another --output")
 
-    training(train)
-    Path("out").mkdir()
-    assert cli.main(["train", "mqar.yaml", "--output", "out"]) == 2
-    out, err = capsys.readouterr()
-    assert len((out + err).splitlines()) == 3 and "holds a run" in err
+    training(lambda *_, **__: pytest.fail("it trained"), check)
+    for flags in ([], ["--dry-run"]):
+        assert cli.main(["train", "mqar.yaml", "--output", "out", *flags]) == 2
+        out, err = capsys.readouterr()
+        assert len((out + err).splitlines()) == 3 and "holds a run" in err
+    Path("file").touch()
+    assert cli.main(["train", "mqar.yaml", "--output", "file"]) == 2
+    assert "file is no folder" in capsys.readouterr().err
 
 
 def test_a_stopped_run_says_how_to_go_on(training, capsys):
