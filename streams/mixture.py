@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from wakesleep.streams.errors import Refused
 from wakesleep.streams.facts import FactMaker
+from wakesleep.streams.id_files import map_ids
 from wakesleep.streams.sequences import (
     ANSWER_KINDS,
     Page,
@@ -107,7 +109,7 @@ class Mixture:
             )
         self.hard = None
         if config.hard is not None and not validation:
-            self.hard = np.load(config.hard, mmap_mode="r", allow_pickle=False)
+            self.hard = map_ids(config.hard, "hard")
             if not len(self.hard) or self.hard.max() >= len(self.corpus):
                 raise ValueError(f"hard={config.hard} has no places, or not those of {name}")
 
@@ -178,7 +180,10 @@ def _open_corpus(path: str, name: str, tokenizer: Tokenizer) -> np.ndarray:
     """Map the ids of scripts/build_corpus.py, after a look at whose they are."""
     if not path:
         raise ValueError(f"{name} must name a .npy of scripts/build_corpus.py; it is empty")
-    index = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
+    ids, beside = map_ids(path, name), Path(path).with_suffix(".json")
+    if not beside.is_file():
+        raise Refused(f"{name}: {beside} is missing", "", "scripts/build_corpus.py writes both")
+    index = json.loads(beside.read_text(encoding="utf-8"))
     if index["tokenizer_sha256"] != tokenizer.sha256:
         raise ValueError(f"{name}={path} is of another tokenizer; build it again with this one")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return ids

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,7 +277,10 @@ class Run(NamedTuple):
         checkpoint = self.folder.open()
         with warnings.catch_warnings(), self.folder.signals:
             warnings.simplefilter("ignore")  # Lightning's advice on what we do not have
-            self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
+            try:
+                self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
+            except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+                raise Refused(f"{checkpoint} is no checkpoint of this program") from error
         return self.folder.close(self.module.model, self.trainer.global_step)
 
 

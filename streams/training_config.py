@@ -159,6 +159,10 @@ class TrainConfig:
     trainer: dict[str, Any] = field(default_factory=dict)  # keyword arguments of lightning.Trainer
 
     def __post_init__(self) -> None:
+        for name in ("max_steps", "accumulate_grad_batches"):
+            value = self.trainer.get(name, 1)
+            good = isinstance(value, int) and value > 0
+            _require(good, f"trainer.{name}", "a whole number above 0", value)
         if self.train.segment % self.model.chunk:
             raise ValueError(
                 f"a segment (train.sequence_len / train.segments_per_step = {self.train.segment} "

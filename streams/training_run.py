@@ -34,6 +34,7 @@ from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
 from wakesleep.streams.training_health import HEALTH
 from wakesleep.streams.training_loggers import open_loggers
 from wakesleep.streams.training_metrics import MEASURED, TAUGHT, answer_columns, line
+from wakesleep.ttl.config_json import parse_json
 from wakesleep.ttl.files import write_atomically
 from wakesleep.ttl.model_io import model_sha256, save_model
 
@@ -78,6 +79,7 @@ class RunFolder(lightning.Callback):
                 raise Refused(f"{self.folder} holds a run", "", remedy)
             if saved.exists():
                 self._compare(load_config(TrainConfig, saved)[0])
+        self._record()
 
     def open(self) -> Path | None:
         """Make or take up the folder; return the checkpoint to go on from, None at the start."""
@@ -203,7 +205,12 @@ class RunFolder(lightning.Callback):
 
     def _record(self) -> dict[str, Any]:
         path = self.folder / "run.json"
-        return json.loads(path.read_text()) if path.exists() else {"resumed_at": []}
+        if not path.exists():
+            return {"resumed_at": []}
+        record = parse_json(path.read_bytes(), str(path))
+        if type(record) is not dict or type(record.get("resumed_at")) is not list:
+            raise Refused(f"{path} has no list resumed_at", "", "move the file away")
+        return record
 
     def _cut_metrics(self, step: int) -> None:
         """Keep the lines up to `step`; what came after the checkpoint will come again."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from wakesleep.streams.id_files import map_ids
 from wakesleep.streams.training_batch import Answers, Batch
 
 
@@ -106,9 +107,7 @@ def document_files(paths: tuple[str, ...]) -> list[Path]:
 def _open(path: Path) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; data.paths names .npy files or folders of them")
-    ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or len(ids) < 2 or int(ids.min()) < 0:
-        raise ValueError(
-            f"{path}: expected a row of at least two ids from 0 on, got {ids.dtype} {ids.shape}"
-        )
+    ids = map_ids(path, "data.paths")
+    if len(ids) < 2 or int(ids.min()) < 0:
+        raise ValueError(f"{path}: expected at least two ids from 0 on, got {len(ids):,}")
     return ids

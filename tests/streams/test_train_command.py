@@ -95,17 +95,36 @@ def test_what_a_token_costs_is_said_before_training(training, capsys, flags):
 
 
 def test_whatever_cannot_be_is_refused_in_three_lines(capsys):
-    for words in (["trainer.max_stps=3"], ["trainer.devices=2"], ["train.start=nowhere"]):
+    for words in (
+        ["trainer.max_stps=3"],
+        ["trainer.max_steps=abc"],
+        ["trainer.devices=2"],
+        ["train.start=nowhere"],
+        ["data.kind=text", f"data.paths=[{__file__}]", "admission.keep_all_share=0"],
+        ["data.kind=mixture", "data.mixture.corpus=nowhere.npy"],
+    ):
         for flags in ([], ["--dry-run"]):
             assert cli.main(["train", "tiny.yaml", *words, "--output", "out", *flags]) == 2
             out, err = capsys.readouterr()
             assert out == "" and len(err.splitlines()) <= 3 and os.listdir() == []
+            assert "pickle" not in err
 
 
 def test_quiet_says_nothing_of_the_steps(capsys):
     words = ["tiny.yaml", "train.steps=3", "train.log_every=1", "train.validate_every=0"]
     assert cli.main(["train", *words, "threads=1", "--output", "out", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_damaged_files_of_a_run_are_named(capsys):
+    words = ["train", "tiny.yaml", "train.steps=3", "threads=1", "--output", "out"]
+    assert cli.main(words) == 0
+    Path("out/checkpoints/last.ckpt").write_bytes(b"nothing")
+    assert cli.main([*words, "--resume"]) == 2
+    assert "last.ckpt is no checkpoint" in capsys.readouterr().err
+    Path("out/run.json").write_text("[")
+    assert cli.main([*words, "--resume"]) == 2
+    assert "run.json is not plain JSON" in capsys.readouterr().err
 
 
 def test_a_refused_folder_takes_three_lines_in_all(training, capsys):
