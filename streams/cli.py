@@ -71,18 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """The commands with a line each."""
+    """Examples, and the commands with a line each."""
     lines = [f"  {name:<8}{module.SUMMARY}" for name, module in COMMANDS.items()]
     return "\n".join(
         [
             "wakesleep COMMAND [DOC or DIR] [--flag] [key=value ...]",
             "",
+            "  wakesleep stream                 the bundled document, ten million tokens",
+            "  wakesleep stream limit_tokens=500k --session runs/short    a part of it",
+            "  wakesleep stream book.txt        your own text, into runs/book",
+            '  wakesleep ask runs/book "Where does Ann Reed live?"',
+            "",
             "A language model that keeps learning while it reads, in bounded memory.",
             "",
             *lines,
             "",
-            "First steps:  wakesleep stream     reads the bundled document, ten million tokens",
-            "              wakesleep stream limit_tokens=500k --session runs/short    a part of it",
             "Examples, flags and keys of a command:  wakesleep COMMAND --help",
         ]
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from wakesleep.streams.errors import printable
@@ -38,6 +40,12 @@ def shortened(text: str, limit: int) -> str:
     """Text of a document on one line of at most `limit` characters, with escapes for controls."""
     text = printable(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def typed(path: Path | str) -> str:
+    """A path as it is typed in a command: quoted, and no flag."""
+    text = printable(str(path))
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def use_any_encoding() -> None:

@@ -49,9 +49,10 @@ def decode(chunks: Iterable[bytes], name: str, errors: str, encoding: str) -> It
             text = text.replace("\0", "\ufffd")
         elif "\0" in text:
             before = text[: text.index("\0")].encode(encoding, errors="replace")
+            mark = len("".encode(encoding)) if offset else 0  # it stands at the start only
             raise Refused(
                 f"{name} is not plain text: it holds a NUL byte",
-                f"at byte offset {offset - pending + len(before):,}",
+                f"at byte offset {offset - pending + len(before) - mark:,}",
                 f"{_WAY_OUT} or utf-16",
             )
         if first and text:

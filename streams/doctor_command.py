@@ -13,7 +13,7 @@ from wakesleep.streams.allocator import allocator
 from wakesleep.streams.console import Console, shortened
 from wakesleep.streams.errors import Refused
 
-SUMMARY = "check the installation: versions, device, memory allocator, bundled files"
+SUMMARY = "check the installation: versions, device, allocator, bundled files"
 FLAGS = ("--json", "--quiet", "--debug")
 PACKAGES = ("wakesleep", "torch", "lightning", "torchmetrics", "numpy", "omegaconf", "safetensors")
 PACKAGES += ("rich", "tokenizers", "matplotlib", "triton", "torchvision", "wandb", "optuna")

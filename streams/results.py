@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wakesleep.streams.console import shortened
+from wakesleep.streams.console import shortened, typed
 from wakesleep.streams.families import HELD_OUT_KINDS
 from wakesleep.streams.quantities import count, duration, rounded, size
 
@@ -49,7 +49,7 @@ def final_table(folder: Path, summary: Mapping[str, Any]) -> str:
 
 def next_command(folder: Path, facts: Sequence[Fact]) -> str:
     """The command to type now: one of the planted facts, or the prompt."""
-    command = f"wakesleep ask {shlex.quote(shortened(str(folder), 200))}"
+    command = f"wakesleep ask {typed(folder)}"
     known = next((fact for fact in facts if fact["correct"]), None)
     if known is None:
         return command

@@ -118,6 +118,12 @@ class Session:
             self.config, self.manifest, self.language_model.tokenizer, document, again=again
         )
         self.notes += prepared.notes
+        if prepared.plan.tasks:
+            if self.manifest is not None and not os.access(self.folder, os.W_OK):
+                raise Refused(f"{self.folder} cannot be written", "", "use another --session")
+            self._make_room(prepared)
+        if self.manifest is None:
+            self._refuse_others()
         return prepared
 
     def read(
@@ -145,7 +151,6 @@ class Session:
             prepared = self.prepare(document, again=again)
         if not prepared.plan.tasks:
             return self._old_summary()
-        self._make_room(prepared)
         several = self.config.lanes > 1
         first = None if several else self._open_first(prepared.plan)
         if self.manifest is None:
@@ -234,13 +239,7 @@ class Session:
         self._lock.enter_context(locked(self.folder))
         if holds_session(self.folder):
             raise Refused(f"another process has just made a session in {self.folder}")
-        for name in (IDS, METRICS):
-            if os.path.lexists(self.folder / name):
-                raise Refused(
-                    f"{self.folder} holds {name} but no session.json",
-                    "",
-                    "move that file away, or use another --session",
-                )
+        self._refuse_others()
         language_model = self.language_model
         manifest = Manifest(
             config=config,
@@ -254,6 +253,16 @@ class Session:
         self.config = config
         self.manifest = write_snapshot(self.folder, manifest, self.runner.carried)
         self._saved = self.runner.carried
+
+    def _refuse_others(self) -> None:
+        """Files of the same names that are no session's are not ours to write over."""
+        for name in (IDS, METRICS):
+            if os.path.lexists(self.folder / name):
+                raise Refused(
+                    f"{self.folder} holds {name} but no session.json",
+                    "",
+                    "move that file away, or use another --session",
+                )
 
     def _adopt_config(self) -> None:
         """Make the options of this call the session's; session.json follows with a snapshot."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -32,14 +33,15 @@ MAX_MANIFEST_BYTES = 1 << 26
 def locked(folder: Path) -> Iterator[None]:
     """Be the only writer of a folder; the system ends the lock with the process.
 
+    On a disk that nobody can write to, a session may still be shown again.
+
     Raises:
         Refused: another process writes to it, or the lock cannot be made.
     """
     import fcntl
 
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        descriptor = os.open(folder / LOCK, flags, 0o644)
+        descriptor = _open_lock(folder / LOCK)
     except OSError as error:
         raise Refused(f"{folder} cannot be written: {error.strerror}") from error
     try:
@@ -55,6 +57,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, flags | os.O_RDONLY)
 
 
 def holds_session(folder: Path) -> bool:

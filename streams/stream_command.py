@@ -6,11 +6,10 @@ import argparse
 import json
 import math
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wakesleep.streams.console import Console, shortened
+from wakesleep.streams.console import Console, shortened, typed
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.quantities import count, size
 from wakesleep.streams.stopping import Stopped
@@ -190,7 +189,7 @@ def _name(session: Session) -> str:
 
 def _again(session: Session, prepared: Prepared) -> str:
     source = "- " if prepared.source is None else ""
-    return f"wakesleep stream {source}--session {shlex.quote(_name(session))}"
+    return f"wakesleep stream {source}--session {typed(session.folder)}"
 
 
 def _show_plan(session: Session, prepared: Prepared, console: Console) -> None:

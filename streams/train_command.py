@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wakesleep.streams.console import Console
+from wakesleep.streams.console import Console, typed
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.quantities import count
 from wakesleep.streams.stopping import Stopped
@@ -128,7 +128,7 @@ def _ending(result: dict[str, Any], output: Path) -> str:
     )
     return (
         f"{result['steps']:,} steps trained; model: {models}\n"
-        f"next: wakesleep stream DOC model={shlex.quote(str(output / 'last'))}"
+        f"next: wakesleep stream DOC model={typed(output / 'last')}"
     )
 
 

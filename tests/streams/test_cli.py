@@ -70,7 +70,8 @@ def test_the_overview_has_a_line_for_every_command(capsys):
     lines = capsys.readouterr().out.splitlines()
     for name, module in cli.COMMANDS.items():
         assert f"  {name:<8}{module.SUMMARY}" in lines
-    assert len(lines) <= 24
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert lines[2].startswith("  wakesleep stream ")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

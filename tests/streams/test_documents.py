@@ -79,6 +79,15 @@ def test_characters_may_straddle_pieces(encoding):
         assert "".join(decode(chunks, "n", "replace", encoding)) == text
 
 
+@pytest.mark.parametrize("size", [3, 64, 10_000])
+@pytest.mark.parametrize(("encoding", "bad"), [("utf-16", 202), ("utf-16-le", 200)])
+def test_a_nul_has_its_offset_in_other_encodings_too(size, encoding, bad):
+    """With a mark at the start, and none in the later pieces."""
+    raw = ("x" * 100 + "\0").encode(encoding)
+    with pytest.raises(Refused, match=f"NUL byte\nat byte offset {bad}\n"):
+        list(decode([raw[i : i + size] for i in range(0, len(raw), size)], "n", "strict", encoding))
+
+
 @pytest.mark.parametrize("size", [1, 3, 64, 10_000])
 @pytest.mark.parametrize("place", [0, 1, 5, 2999, 3001])
 def test_a_bad_byte_is_refused_with_its_offset(place, size):

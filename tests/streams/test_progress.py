@@ -4,6 +4,7 @@ import io
 import math
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -212,3 +213,6 @@ def test_an_estimate_that_was_too_low_is_not_exceeded():
 def test_the_next_command_can_be_pasted(tmp_path):
     folder = tmp_path / "a book"
     assert next_command(folder, []) == f"wakesleep ask '{folder}'"
+    assert next_command(Path("-dash"), []) == "wakesleep ask ./-dash"
+    long = Path("runs") / ("a" * 250)
+    assert next_command(long, []) == f"wakesleep ask {long}"

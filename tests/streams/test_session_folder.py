@@ -1,5 +1,6 @@
 """A session's folder: who may write it, what may change, and what is not believed."""
 
+import errno
 import json
 import os
 import shutil
@@ -83,6 +84,25 @@ def test_a_limit_may_not_fall_without_a_document_either(tmp_path, language_model
     stream(tmp_path / "s", language_model, text, limit_tokens=300)
     with pytest.raises(Refused, match=r"limit_tokens=200 is given, the session has .*=300"):
         stream(tmp_path / "s", language_model, None, limit_tokens=200)
+
+
+def test_a_finished_session_on_a_read_only_disk_is_shown_again(
+    tmp_path, language_model, text, monkeypatch
+):
+    first = stream(tmp_path / "s", language_model, text)
+    real = os.open
+
+    def read_only(path, flags, *args, **kw):
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *args, **kw)
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert stream(tmp_path / "s", language_model, text) == first
+    (tmp_path / "b.txt").write_text("And this is another text. " * 30)
+    with pytest.raises(Refused, match="cannot be written"):
+        stream(tmp_path / "s", language_model, tmp_path / "b.txt")
 
 
 def test_files_of_others_are_not_overwritten(tmp_path, language_model, text):
