@@ -109,7 +109,7 @@ def _open(
 def _check_limit(plan: ReadingPlan, manifest: Manifest, new: float) -> None:
     """Hold a document that was begun to its limit, which may only grow."""
     old = manifest.config.limit_tokens
-    planted = bool(manifest.facts) and (0 in plan.known or not plan.tasks)
+    planted = bool(manifest.facts) and 0 in plan.known
     if new < old or (planted and new != old):
         raise Refused(
             f"limit_tokens={new:,} is given, the session has limit_tokens={old:,}",

@@ -157,12 +157,15 @@ def _refuse_changed(
     known: Sequence[int | None],
 ) -> None:
     """Refuse a document that is where one was read, but does not begin as that did."""
-    strangers = [doc for doc, index in zip(documents, known, strict=True) if index is None]
+    strangers: dict[str, list[Document]] = {}
+    for document, index in zip(documents, known, strict=True):
+        if index is None:
+            strangers.setdefault(document.name, []).append(document)
     for index, record in enumerate(records):
-        gone_on = index in known  # it lies elsewhere now, under its old content
-        if record.source is None or not record.bytes_done or gone_on:
+        # One that is gone on with lies elsewhere now, under its old content.
+        if record.source is None or not record.bytes_done or index in known:
             continue
-        if any(_is_at(document, record) for document in strangers):
+        if any(_is_at(document, record) for document in strangers.get(record.name, ())):
             way = "--again reads it as a new one" if record.ended else "put the old text back"
             raise Refused(
                 f"{record.name} has changed since it was read",
@@ -172,8 +175,8 @@ def _refuse_changed(
 
 
 def _is_at(document: Document, record: DocumentRecord) -> bool:
-    """Whether a document is where that of the record was."""
-    if document.path is None or document.name != record.name:
+    """Whether a document is where that of the record, of the same name, was."""
+    if document.path is None:
         return False
     path = Path(os.path.abspath(document.path))
     return Path(record.source) in (path, *path.parents)

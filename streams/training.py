@@ -301,6 +301,7 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
     trainer = make_trainer(config, folder)
     if config.train.start is not None:
         _start_from(module.model, config)
+    make_optimizer(module.model, config.optim)  # one that cannot be is refused here
     folder.check(resume)
     return Run(module, data, trainer, folder)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wakesleep.streams import cli, plots
+from wakesleep.streams import cli, documents, plots
 from wakesleep.streams.progress import Progress
 from wakesleep.streams.stream_command import default_folder, sort_items
 from wakesleep.ttl.model import ModelConfig, TTLModel
@@ -86,6 +86,22 @@ def test_stream_prints_the_table_and_leaves_the_session_with_its_plots(model, ca
     again, err = capsys.readouterr()
     assert again == out and "all of it was read before" in err
     assert {p.name: p.stat().st_mtime_ns for p in Path("runs/gate").iterdir()} == before
+
+
+def test_ctrl_c_while_standard_input_is_silent_saves_what_was_read(model, capsys, monkeypatch):
+    went_on = []
+
+    def pieces():
+        yield from [TEXT[:9000].encode()] * 8  # some are fetched before there is a folder
+        os.kill(os.getpid(), signal.SIGINT)  # as if it came during the read
+        went_on.append(True)  # to wait for more
+
+    monkeypatch.setattr(documents, "_stdin_pieces", pieces)
+    call = ["stream", "-", model, "threads=1", "segment_len=512", "--session", "s"]
+    assert cli.main(call) == 130
+    saved = json.loads(Path("s/session.json").read_text())["tokens"]
+    assert saved > 0 and saved % 512 == 0 and not went_on
+    assert f"{saved / 1000:.3g}k tokens are saved" in capsys.readouterr().err
 
 
 def test_json_has_every_promised_field_and_stands_alone_on_stdout(model, capsys):

@@ -94,11 +94,13 @@ def test_what_a_token_costs_is_said_before_training(training, capsys, flags):
     assert "head" in table and "memory" in table
 
 
-def test_whatever_cannot_be_is_refused_in_three_lines(capsys):
+def test_whatever_cannot_be_is_refused_in_three_lines(capsys, monkeypatch):
+    monkeypatch.delattr("torch.optim.Muon")
     for words in (
         ["trainer.max_stps=3"],
         ["trainer.max_steps=abc"],
         ["trainer.devices=2"],
+        ["optim.rule=muon"],  # torch has none here
         ["train.start=nowhere"],
         ["data.kind=text", f"data.paths=[{__file__}]", "admission.keep_all_share=0"],
         ["data.kind=mixture", "data.mixture.corpus=nowhere.npy"],
@@ -118,7 +120,11 @@ def test_quiet_says_nothing_of_the_steps(capsys):
 
 def test_damaged_files_of_a_run_are_named(capsys):
     words = ["train", "tiny.yaml", "train.steps=3", "threads=1", "--output", "out"]
+    Path("victim").write_text("precious")
+    Path("out/checkpoints").mkdir(parents=True)
+    Path("out/checkpoints/.last.ckpt.new").symlink_to("../../victim")
     assert cli.main(words) == 0
+    assert Path("victim").read_text() == "precious"
     Path("out/checkpoints/last.ckpt").write_bytes(b"nothing")
     assert cli.main([*words, "--resume"]) == 2
     assert "last.ckpt is no checkpoint" in capsys.readouterr().err
