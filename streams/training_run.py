@@ -172,7 +172,6 @@ class RunFolder(lightning.Callback):
     def _save(self, trainer, module) -> None:
         """Replace the checkpoint, then the model folder `last`."""
         scratch = self.checkpoint.with_name(".last.ckpt.new")
-        scratch.unlink(missing_ok=True)  # a link in its place would be followed
         trainer.save_checkpoint(scratch)
         with open(scratch, "rb+") as file:
             os.fsync(file.fileno())
