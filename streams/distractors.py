@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wakesleep.streams.ranks import ALONE, Ranks
 from wakesleep.streams.teacher import stores
 from wakesleep.ttl.state import SPAN, StoreState, StreamState, detach, map_state, to
 
@@ -72,7 +73,13 @@ def pasts_of(state: StreamState) -> tuple[Past | None, ...]:
 
 
 def collect(
-    pool: Pool, state: StreamState, foreign: list[tuple[int, int]], *, turn: int, passed: bool
+    pool: Pool,
+    state: StreamState,
+    foreign: list[tuple[int, int]],
+    *,
+    turn: int,
+    passed: bool,
+    ranks: Ranks = ALONE,
 ) -> Pool:
     """Add the loudest pairs of a lane's own documents, and take over what the memories learned.
 
@@ -80,16 +87,18 @@ def collect(
         foreign: intervals of positions whose pairs are distractors themselves.
         turn: number of the step; the lanes take turns.
         passed: whether other text has passed in this step; else the memories are young ones.
+        ranks: all have the same pool, of the lanes of all.
     """
     if passed:
-        pool = pool._replace(pasts=detach(pasts_of(state)))
+        pool = pool._replace(pasts=ranks.gather(detach(pasts_of(state))))
     if not pool.rings:
         return pool
     places = pool.rings[0].score.shape[1]
     wanted = max(1, places // REFRESH)
-    lane = turn % state.position.shape[0]
+    lanes = state.position.shape[0]
+    owner, lane = divmod(turn % (lanes * ranks.world), lanes)
     loudest = [_loudest(store, foreign, lane, wanted) for store in stores(state)]
-    count = min(ring.score.shape[1] for ring in loudest)
+    count, loudest = _owned(loudest, wanted, owner, ranks)
     target = (torch.arange(count) + pool.written) % places
     target = target.to(pool.rings[0].score.device)
     rings = []
@@ -99,12 +108,12 @@ def collect(
     return pool._replace(rings=tuple(rings), written=pool.written + count)
 
 
-def remember(state: StreamState, pool: Pool, shift: int) -> StreamState:
+def remember(state: StreamState, pool: Pool, shift: int, ranks: Ranks = ALONE) -> StreamState:
     """Give every lane what the memory of the lane `shift` before it learned in earlier steps."""
     blocks = []
     for block, past in zip(state.blocks, pool.pasts or [None] * len(state.blocks), strict=True):
         if past is not None:
-            learned = map_state(lambda t: t.roll(shift, 0), past)
+            learned = ranks.mine(map_state(lambda t: t.roll(shift, 0), past))
             block = block._replace(memory=block.memory._replace(**learned._asdict()))
         blocks.append(block)
     return state._replace(blocks=tuple(blocks))
@@ -154,6 +163,19 @@ def _loudest(store: StoreState, foreign: list[tuple[int, int]], lane: int, count
         return x[lane].detach().gather(1, index.expand(-1, -1, *x.shape[3:]))
 
     return Ring(rows(store.k), rows(store.v), rows(store.score), rows(store.span))
+
+
+def _owned(loudest: list[Ring], wanted: int, owner: int, ranks: Ranks) -> tuple[int, list[Ring]]:
+    """How many pairs of every head rank `owner` has found, and its rings."""
+    count = min(ring.score.shape[1] for ring in loudest)
+    if ranks.world == 1:
+        return count, loudest
+    count = int(ranks.share(torch.tensor(count, device=loudest[0].score.device), owner))
+
+    def whole(x: Tensor) -> Tensor:  # the others may have found fewer, and theirs do not count
+        return torch.cat([x, x.new_zeros(x.shape[0], wanted - x.shape[1], *x.shape[2:])], 1)
+
+    return count, [ranks.share(map_state(whole, ring), owner) for ring in loudest]
 
 
 def _compete(store: StoreState, ring: Ring, order: Tensor, first: Tensor) -> StoreState:

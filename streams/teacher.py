@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wakesleep.streams.ranks import ALONE, Ranks
 from wakesleep.ttl.state import StoreState, StreamState
 
 
@@ -23,6 +24,7 @@ def admission_loss(
     *,
     threshold: float,
     positive_weight: float,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, float]]:
     """Binary cross-entropy of the admission head against the read mass of a store that kept all.
 
@@ -38,6 +40,7 @@ def admission_loss(
         threshold: mass from which a pair counts as needed; what is booked as mass has the same
             floor, so that it takes one answer that read the pair, not many that glanced at it.
         positive_weight: weight of needed pairs.
+        ranks: the mean is over the pairs of all; the mean over ranks of what each returns.
 
     Returns:
         The mean over stores, and means over stores of `precision` and `recall` at logit 0,
@@ -49,17 +52,19 @@ def admission_loss(
         needed = _by_any_head(store.mass.detach() > threshold, store.position)
         seen = judged(store.position) & (store.position >= 0)
         seen = seen & (needed | ~spared(store.position))
-        if not bool(seen.any()):
+        total = ranks.sum(seen.sum())
+        if not int(total):
             continue
         score = torch.where(seen, store.score, 0.0)  # the empty places hold -inf
         weight = torch.where(needed, positive_weight, 1.0) * seen
         loss = F.binary_cross_entropy_with_logits(score, needed.float(), weight, reduction="sum")
-        losses.append(loss / seen.sum())
-        rankings.append(_ranking(store.score, seen & needed, seen & ~needed))
+        losses.append(loss * ranks.world / total)
+        if bool(seen.any()):
+            rankings.append(_ranking(store.score, seen & needed, seen & ~needed))
     if not losses:
         return torch.zeros((), device=state.position.device), {}
     metrics = {}
-    for name in rankings[0]:
+    for name in rankings[0] if rankings else ():
         known = [ranking[name] for ranking in rankings if ranking[name] is not None]
         if known:
             metrics[name] = sum(known) / len(known)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise Refused("train needs a recipe", "", "For example: wakesleep train configs/mqar.yaml")
     recipe = find_recipe(arguments.items[0])
     console = Console(json=arguments.json, quiet=arguments.quiet)
+    # read when torch is loaded: of several processes it warns where a step uses all weights
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     from wakesleep.streams.config import as_dict, load_config, to_yaml
     from wakesleep.streams.training_config import TrainConfig
@@ -76,6 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         console.say(flop_table(config.model))
         console.result({"steps": steps, "tokens_per_step": tokens, "output": str(output)}, plan)
+        return 0
+    if not prepared.trainer.is_global_zero:  # of several processes the first one speaks
+        with contextlib.suppress(Stopped):
+            prepared.carry_out()
         return 0
     again = f"Ctrl-C saves and stops; go on with: {_again(arguments)}"
     console.say(f"{plan}\n{again}\n{flop_table(config.model)}")

@@ -22,6 +22,7 @@ from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own, pasts_of
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.optimizers import make_optimizer, part_norms
+from wakesleep.streams.ranks import ALONE, Ranks
 from wakesleep.streams.rng import rng_states, set_rng_states
 from wakesleep.streams.teacher import admission_loss, fact_ranking, marked
 from wakesleep.streams.training_batch import Batch
@@ -59,37 +60,41 @@ class StreamModule(lightning.LightningModule):
         self.state: StreamState | None = None  # what the lanes carry, detached
         self.pool = empty_pool(self.model.init_state(1), config.admission.distractor_pool)
         self.means = Means()
+        self.ranks = ALONE
         self._gates = GateMeans(self.model)
+        self._failed: TrainingFailed | None = None  # in this step; raised when all ranks know
         self._rng: dict[str, Any] | None = None  # of a checkpoint, until training starts
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Unroll the segments of a batch; the loss of its tokens and of the admission head."""
         if batch.cursor != self.cursor:
             raise RuntimeError(f"data and memory are out of step: {batch.cursor}, {self.cursor}")
-        draw = self._draw(batch.cursor, batch)
-        start = self._start(draw, self.state)
         admission, recompute = self.config.admission, self.config.train.recompute
-        floor, blind = admission.threshold, draw_blind(self.config, batch.cursor)
+        blind = draw_blind(self.config, batch.cursor)
         if blind is not None:
             blind = Blind(*(part.to(self.device) for part in blind))
             batch = batch._replace(weight=self._weigh(batch.weight, blind.judged))
-        hidden = None if blind is None else blind.tokens
+        hidden = None if blind is None else self.ranks.mine(blind.tokens)
+        batch, draw, total = self._deal(batch.cursor, batch)
+        start, floor = self._start(draw, self.state), admission.threshold
         self._gates.start()
-        read = unroll(self.model, batch, start, draw, self.pool, floor, recompute, hidden)
-        tokens = self._next_token(read, batch, hidden)
+        read = unroll(
+            self.model, batch, start, draw, self.pool, floor, recompute, hidden, self.ranks
+        )
+        tokens = self._next_token(read, batch, total, hidden)
         loss = tokens.loss
         if draw.keep_all and self.config.tokens_before(batch.cursor) >= admission.teach_tokens:
             loss = loss + admission.weight * self._teach(read, batch)
-        self._require_finite(loss, tokens, read)
+        self._failed = self._failed or self._fault(loss, tokens, read)
         self._count(self.means, tokens, read, batch, draw)
         self._gates.add_to(self.means)
         add_health(self.means, read.state, read.surprise)
         if self.config.carries:
             self.state = detach(read.state)
         elif self.config.admission.distractor_share:
-            self.pool = collect(
-                self.pool, read.state, read.foreign, turn=batch.cursor, passed=draw.passes
-            )
+            turn, passed = batch.cursor, draw.passes
+            found = (self.pool, read.state, read.foreign)
+            self.pool = collect(*found, turn=turn, passed=passed, ranks=self.ranks)
         self.cursor += 1
         return loss
 
@@ -100,12 +105,13 @@ class StreamModule(lightning.LightningModule):
         self.model.eval()
         for number in range(batches):
             batch = self.transfer_batch_to_device(source.batch(number), self.device, 0)
-            draw = self._draw(VALIDATION + number, batch)
-            read = unroll(self.model, batch, self._start(draw, state), draw, self.pool)
+            batch, draw, total = self._deal(VALIDATION + number, batch)
+            start = self._start(draw, state)
+            read = unroll(self.model, batch, start, draw, self.pool, ranks=self.ranks)
             state = read.state if self.config.carries else None
-            self._count(means, self._next_token(read, batch), read, batch, draw)
+            self._count(means, self._next_token(read, batch, total), read, batch, draw)
         self.model.train()
-        return means.take()
+        return means.merge(self.ranks).take()
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and the schedule with one step of it per optimiser step."""
@@ -122,6 +128,8 @@ class StreamModule(lightning.LightningModule):
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
         """Clip by the norm of the whole gradient, note norms, stop where one is not finite."""
+        if self.ranks.any(self._failed is not None, self.device):
+            raise self._failed or TrainingFailed("another process found what is not finite")
         limit, norms = gradient_clip_val or math.inf, part_norms(self.model)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True))
         if not math.isfinite(norm):
@@ -131,23 +139,38 @@ class StreamModule(lightning.LightningModule):
         for part, norm in norms.items():
             self.means.add(f"grad_norm_{part}", norm)
 
+    def setup(self, stage: str) -> None:
+        """Find this process's place among those of the run.
+
+        Raises:
+            Refused: the lanes cannot be dealt to them.
+        """
+        self.ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
+        self.ranks.check(self.config.train.lanes)
+
     def on_train_start(self) -> None:
         """Random numbers go on where the checkpoint was made, distractors on the model's device."""
+        self._failed = None
+        schedule = self.lr_schedulers()  # of a run that may have been made longer
+        for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = base * schedule.lr_lambdas[0](schedule.last_epoch)
         self.pool = self.pool.to(self.device)
         if self._rng is not None:
             set_rng_states(self._rng)
             self._rng = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know of, in plain types."""
+        """Add what Lightning does not know of, in plain types, of the lanes of all processes."""
+        state, merged = self.ranks.gather(self.state), self.means.merge(self.ranks)
+        self.means = merged if self.ranks.rank == 0 else Means()
         checkpoint[CHECKPOINT_KEY] = {
             "version": VERSION,
             "cursor": self.cursor,
-            "state": None if self.state is None else flatten(self.state),
+            "state": None if state is None else flatten(state),
             "pool": [ring._asdict() for ring in self.pool.rings],
             "pool_written": self.pool.written,
             "pasts": None if self.pool.pasts is None else flatten(self.pool.pasts),
-            "means": self.means.sums,
+            "means": merged.sums,
             "rng": rng_states(),
             "model": as_dict(self.config.model),
         }
@@ -164,13 +187,19 @@ class StreamModule(lightning.LightningModule):
         if saved["model"] != as_dict(self.config.model):
             raise Refused("this checkpoint belongs to a model with another config")
         self.cursor, self._rng = saved["cursor"], saved["rng"]
-        self.means.sums = saved["means"]
+        self.means.sums = saved["means"] if self.ranks.rank == 0 else {}
         like = self.model.init_state(self.config.train.lanes)
         if saved["state"] is not None:
-            self.state = unflatten(like, saved["state"])
+            self.state = self.ranks.mine(unflatten(like, saved["state"]))
         pasts = None if saved["pasts"] is None else unflatten(pasts_of(like), saved["pasts"])
         rings = tuple(Ring(**ring) for ring in saved["pool"])
         self.pool = Pool(rings, saved["pool_written"], pasts)
+
+    def _deal(self, number: int, batch: Batch) -> tuple[Batch, Draw, Tensor]:
+        """This rank's lanes of a batch and of its draws, and what its loss is divided by."""
+        draw, total = self._draw(number, batch), batch.weight.sum() / self.ranks.world
+        mine = self.ranks.lanes(self.config.train.lanes)
+        return batch.part(mine), draw.part(mine), total
 
     def _draw(self, number: int, batch: Batch) -> Draw:
         if self.config.carries:
@@ -181,16 +210,18 @@ class StreamModule(lightning.LightningModule):
     def _start(self, draw: Draw, carried: StreamState | None) -> StreamState:
         if carried is not None:
             return to(carried, self.device)
-        return self.model.init_state(
-            self.config.train.lanes, window=draw.window, capacity=draw.capacity
-        )
+        lanes = self.config.train.lanes
+        fresh = self.model.init_state(lanes, window=draw.window, capacity=draw.capacity)
+        return self.ranks.mine(fresh)
 
     def _weigh(self, weight: Tensor, judged: Tensor) -> Tensor:
         return torch.where(judged, weight * self.config.train.blind_weight, weight)
 
-    def _next_token(self, read: Unrolled, batch: Batch, blind: Tensor | None = None) -> TokenLoss:
-        output = self.model.embedding.weight
-        return next_token_loss(read.hidden, output, batch, self.config.train.z_loss, blind)
+    def _next_token(
+        self, read: Unrolled, batch: Batch, total: Tensor, blind: Tensor | None = None
+    ) -> TokenLoss:
+        output, z_loss = self.model.embedding.weight, self.config.train.z_loss
+        return next_token_loss(read.hidden, output, batch, z_loss, blind, total)
 
     def _teach(self, read: Unrolled, batch: Batch) -> Tensor:
         """The admission loss of a step whose store kept everything."""
@@ -212,6 +243,7 @@ class StreamModule(lightning.LightningModule):
             spared,
             threshold=admission.threshold,
             positive_weight=admission.positive_weight,
+            ranks=self.ranks,
         )
         self.means.add("loss_admission", float(loss.detach()))
         for name, value in metrics.items():
@@ -240,9 +272,9 @@ class StreamModule(lightning.LightningModule):
         for name, value in facts.items():
             means.add(name, value)
 
-    def _require_finite(self, loss: Tensor, tokens: TokenLoss, read: Unrolled) -> None:
+    def _fault(self, loss: Tensor, tokens: TokenLoss, read: Unrolled) -> TrainingFailed | None:
         if _finite(loss) and not read.nonfinite:
-            return
+            return None
         tensors = {
             **dict(self.model.named_parameters()),
             "the hidden states": read.hidden,
@@ -250,7 +282,7 @@ class StreamModule(lightning.LightningModule):
             "the admission loss": loss,
         }
         inside = f"{read.nonfinite} rows of layers' inputs"  # masked, so not to be seen outside
-        raise self._failure(next((n for n, x in tensors.items() if not _finite(x)), inside))
+        return self._failure(next((n for n, x in tensors.items() if not _finite(x)), inside))
 
     def _failure(self, what: str) -> TrainingFailed:
         return TrainingFailed(
@@ -268,20 +300,21 @@ class Run(NamedTuple):
     folder: RunFolder
 
     def carry_out(self) -> dict[str, Any]:
-        """Train; return `{"output", "steps", "model_sha256", "resumed_at"}`.
+        """Train; return `{"output", "steps", "model_sha256", "resumed_at"}`, on the first rank.
 
         Raises:
             TrainingFailed: a loss or gradient is not finite.
             Stopped: a signal came; what was trained is saved.
         """
-        checkpoint = self.folder.open()
+        first = self.trainer.is_global_zero
+        checkpoint = self.folder.open(write=first)
         with warnings.catch_warnings(), self.folder.signals:
             warnings.simplefilter("ignore")  # Lightning's advice on what we do not have
             try:
                 self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
             except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
                 raise Refused(f"{checkpoint} is no checkpoint of this program") from error
-        return self.folder.close(self.module.model, self.trainer.global_step)
+        return self.folder.close(self.module.model, self.trainer.global_step) if first else {}
 
 
 def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -302,7 +335,9 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
     if config.train.start is not None:
         _start_from(module.model, config)
     make_optimizer(module.model, config.optim)  # one that cannot be is refused here
-    folder.check(resume)
+    Ranks(trainer.global_rank, trainer.world_size).check(config.train.lanes)
+    if trainer.is_global_zero:  # the others begin when it has made the folder
+        folder.check(resume)
     return Run(module, data, trainer, folder)
 
 

@@ -33,3 +33,11 @@ class Batch(NamedTuple):
     stale: Tensor  # [B, T] int64 where an answer begins: the value that was overwritten, or -1
     answers: Answers
     cursor: int  # number of this batch
+
+    def part(self, lanes: slice) -> Batch:
+        """Some lanes of the batch, numbered from 0."""
+        lane = self.answers.lane
+        inside = (lane >= lanes.start) & (lane < lanes.stop)
+        answers = Answers(*(x[inside] for x in self.answers))
+        rows = {name: x[lanes] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**rows, answers=answers._replace(lane=answers.lane - lanes.start))

@@ -34,6 +34,12 @@ class Draw(NamedTuple):
         ranks = self.rank_table if self.rank_table is None else self.rank_table.to(device)
         return self._replace(orders=orders, rank_table=ranks)
 
+    def part(self, lanes: slice) -> Draw:
+        """What some of the lanes are dealt."""
+        orders = tuple(order if order is None else order[lanes] for order in self.orders)
+        ranks = self.rank_table if self.rank_table is None else self.rank_table[lanes]
+        return self._replace(orders=orders, rank_table=ranks)
+
 
 def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray) -> Draw:
     """The draws of batch `number`.

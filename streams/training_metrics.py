@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import Tensor
 
+from wakesleep.streams.ranks import Ranks
 from wakesleep.streams.training_batch import Answers, Batch
 
 DECADES = ("age_1", "age_10", "age_100", "age_1k", "age_10k", "age_100k")
@@ -30,6 +31,16 @@ class Means:
         cell = self.sums.setdefault(name, [0.0, 0.0])
         cell[0] += float(value) * weight
         cell[1] += weight
+
+    def merge(self, ranks: Ranks) -> Means:
+        """What all ranks counted."""
+        merged = Means()
+        for sums in ranks.objects(self.sums):
+            for name, (total, weight) in sums.items():
+                cell = merged.sums.setdefault(name, [0.0, 0.0])
+                cell[0] += total
+                cell[1] += weight
+        return merged
 
     def take(self) -> dict[str, float]:
         """The means so far; start again."""

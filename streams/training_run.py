@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -81,10 +82,11 @@ class RunFolder(lightning.Callback):
                 self._compare(load_config(TrainConfig, saved)[0])
         self._record()
 
-    def open(self) -> Path | None:
+    def open(self, *, write: bool = True) -> Path | None:
         """Make or take up the folder; return the checkpoint to go on from, None at the start."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.yaml", to_yaml(self.config).encode())
+        if write:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "config.yaml", to_yaml(self.config).encode())
         return self.checkpoint if self.checkpoint.exists() else None
 
     def close(self, model: nn.Module, step: int) -> dict[str, Any]:
@@ -101,6 +103,10 @@ class RunFolder(lightning.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self._step = step = trainer.global_step
+        self._mark, self._saved = (time.monotonic(), step), time.monotonic()
+        self.signals.take_over()  # Lightning has put up its own
+        if not trainer.is_global_zero:
+            return
         resumed = [*self._record()["resumed_at"], step] if step else []
         write_atomically(
             self.folder / "run.json", json.dumps({"resumed_at": resumed}).encode() + b"\n"
@@ -109,11 +115,9 @@ class RunFolder(lightning.Callback):
         if step:
             where = f"{self.folder}: going on at step {step:,} of {self.config.total_steps:,}"
             self._say(module, f"{where}; Ctrl-C saves and stops")
-        self._mark, self._saved = (time.monotonic(), step), time.monotonic()
         settings = {name: str(value) for name, value in flat(self.config).items()}
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
-        self.signals.take_over()  # Lightning has put up its own
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         step, train = trainer.global_step, self.config.train
@@ -124,18 +128,20 @@ class RunFolder(lightning.Callback):
         validate = self.validation is not None and (last or step % train.validate_every == 0)
         if last or validate or step % train.log_every == 0:
             self._report(trainer, module, validate)
-        if last or self.signals or self._due(step):
+        stop = module.ranks.any(bool(self.signals), module.device)
+        if last or stop or self._due(step, module):
             self._save(trainer, module)
-        if self.signals:
-            raise Stopped(self.signals.number)
+        if stop:
+            raise Stopped(self.signals.number or signal.SIGTERM)
 
     def _say(self, module, text: str) -> None:
         if not self.quiet:
             module.print(text, file=sys.stderr, flush=True)
 
-    def _due(self, step: int) -> bool:
+    def _due(self, step: int, module) -> bool:
         if self.config.train.save_every is None:
-            return time.monotonic() - self._saved >= SAVE_SECONDS
+            late = time.monotonic() - self._saved >= SAVE_SECONDS
+            return module.ranks.any(late, module.device)
         return step % self.config.train.save_every == 0
 
     def _report(self, trainer, module, validate: bool) -> None:
@@ -145,7 +151,8 @@ class RunFolder(lightning.Callback):
         tokens = train.lanes * train.sequence_len * self.config.accumulate
         lasted = time.monotonic() - clock
         self.seconds += lasted
-        row = module.means.take()
+        row = module.means.merge(module.ranks).take()
+        module.means.take()
         row |= {
             "step": step,
             "tokens": step * tokens,
@@ -159,7 +166,11 @@ class RunFolder(lightning.Callback):
             row |= {f"val_{name}": value for name, value in found.items()}
             if self.best is None or row["val_loss"] < self.best:
                 self.best = row["val_loss"]
-                self._save_model("best", module.model, step)
+                if trainer.is_global_zero:
+                    self._save_model("best", module.model, step)
+        self._mark = (time.monotonic(), step)
+        if not trainer.is_global_zero:
+            return
         with open(self.folder / "metrics.csv", "a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
         for logger in trainer.loggers:
@@ -167,17 +178,18 @@ class RunFolder(lightning.Callback):
         total = self.config.total_steps
         left = lasted / max(1, step - before) * (total - step)
         self._say(module, line(step, total, row, left))
-        self._mark = (time.monotonic(), step)
 
     def _save(self, trainer, module) -> None:
         """Replace the checkpoint, then the model folder `last`."""
         scratch = self.checkpoint.with_name(".last.ckpt.new")
-        trainer.save_checkpoint(scratch)
+        trainer.save_checkpoint(scratch)  # by all processes; the first one writes
+        self._saved = time.monotonic()
+        if not trainer.is_global_zero:
+            return
         with open(scratch, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(scratch, self.checkpoint)
         self._save_model("last", module.model, self._step)
-        self._saved = time.monotonic()
 
     def _save_model(self, name: str, model: nn.Module, step: int) -> None:
         tokenizer = tokenizer_json(self.config)
@@ -229,8 +241,8 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
     """A quiet Trainer with this run's settings; `config.trainer` wins over all of them.
 
     Raises:
-        Refused: Lightning does not know a key, or its value; more than one device; the package of
-            a logger is missing.
+        Refused: Lightning does not know a key, or its value; a strategy other than DDP; the
+            package of a logger is missing.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -256,12 +268,29 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
         "num_sanity_val_steps": 0,
         "default_root_dir": str(folder.folder),
     }
+    settings |= given
+    trainer = _open_trainer(settings, callbacks)
+    if trainer.world_size > 1:
+        trainer = _open_trainer(settings | {"strategy": _strategy(config)}, callbacks)
+    return trainer
+
+
+def _open_trainer(
+    settings: dict[str, Any], callbacks: list[lightning.Callback]
+) -> lightning.Trainer:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = lightning.Trainer(**(settings | given), callbacks=callbacks)
+            return lightning.Trainer(**settings, callbacks=callbacks)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise Refused("Lightning does not take these trainer.* keys", str(error)) from error
-    if trainer.world_size > 1:
-        raise Refused("training on several devices is not there yet", "", "Use trainer.devices=1")
-    return trainer
+
+
+def _strategy(config: TrainConfig) -> str:
+    """Of several processes: in most steps some weight has no gradient, such as those that admit."""
+    name = str(config.trainer.get("strategy", "auto"))
+    if name in ("auto", "ddp"):
+        return "ddp_find_unused_parameters_true"
+    if name.startswith("ddp_find_unused_parameters"):
+        return name
+    raise Refused(f"trainer.strategy={name} was never tried", "", "Use trainer.strategy=ddp.")

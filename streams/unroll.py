@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wakesleep.streams.distractors import Pool, inject, remember
+from wakesleep.streams.ranks import ALONE, Ranks
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_draws import Draw
 from wakesleep.ttl.model import TTLModel
@@ -48,6 +49,7 @@ def unroll(
     read_floor: float = 0.0,
     recompute: str = "none",
     blind: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Unrolled:
     """Read the K segments of a batch; gradient flows through the state from each to the next.
 
@@ -59,6 +61,7 @@ def unroll(
         recompute: what the backward pass computes again instead of finding it kept: "none", "chunk"
             (reads and writes, chunk by chunk) or "segment" (everything between two states).
         blind: [B, T] bool: tokens that see no others in the window.
+        ranks: batch, state and draw are of this rank's lanes, the pool is of all.
     """
     by_chunk = partial(model, recompute=recompute == "chunk")
     read = recomputed(model) if recompute == "segment" else by_chunk
@@ -72,7 +75,7 @@ def unroll(
         if bool((batch.reset[:, k] & (state.position > 0)).any()):
             state = model.reset(state, batch.reset[:, k])
         if draw.passes:
-            state = remember(state, pool, shift=k + 1)
+            state = remember(state, pool, k + 1, ranks)
         if draw.orders[k] is not None:
             first = max(0, int(state.position[0]) - window)
             foreign.append((first, first + draw.jumps[k]))
@@ -101,7 +104,12 @@ def unroll(
 
 
 def next_token_loss(
-    hidden: Tensor, output: Tensor, batch: Batch, z_loss: float, blind: Tensor | None = None
+    hidden: Tensor,
+    output: Tensor,
+    batch: Batch,
+    z_loss: float,
+    blind: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> TokenLoss:
     """Weighted cross-entropy of the next token; positions without a weight cost nothing.
 
@@ -110,16 +118,18 @@ def next_token_loss(
         output: [V, D], the output matrix.
         z_loss: weight of the squared log of the softmax's normaliser.
         blind: [B, T] bool, see `unroll`.
+        total: sum of the weights that the mean is over; None: of this batch.
     """
     rows = ((batch.weight > 0) | (batch.asked > 0)).flatten().nonzero()[:, 0]
     targets, weight = batch.targets.flatten()[rows], batch.weight.flatten()[rows]
     asked = batch.asked.flatten()[rows] > 0
     logits = F.linear(hidden.flatten(0, 1)[rows], output)
     losses = F.cross_entropy(logits, targets, reduction="none")
-    loss = (losses * weight).sum() / weight.sum().clamp(min=1e-6)
+    total = (weight.sum() if total is None else total).clamp(min=1e-6)
+    loss = (losses * weight).sum() / total
     if z_loss:
         normaliser = torch.logsumexp(logits.float(), -1)
-        loss = loss + z_loss * (normaliser.square() * weight).sum() / weight.sum().clamp(min=1e-6)
+        loss = loss + z_loss * (normaliser.square() * weight).sum() / total
     said = torch.full_like(batch.targets, -2)
     said.view(-1)[rows[asked]] = logits.detach()[asked].argmax(-1)
     right, stale = said == batch.targets, said == batch.stale

@@ -308,7 +308,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
         ({"data": {"kind": "text"}, "admission": DEFAULTS}, "needs data.paths"),
         ({"model": {"vocab_size": 16}}, "vocab_size=16 is less than the data's 32"),
         ({"trainer": {"nonsense": 1}}, "unexpected keyword argument 'nonsense'"),
-        ({"trainer": {"devices": 2}}, "several devices"),
+        ({"trainer": {"devices": 2}}, "lanes=3 cannot be dealt to 2 processes"),
+        ({"trainer": {"devices": 3, "strategy": "ddp_spawn"}}, "ddp_spawn was never tried"),
     ):
         with pytest.raises(ValueError, match=message):
             train(task(**groups), tmp_path / "run")

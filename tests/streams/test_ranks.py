@@ -1,0 +1,126 @@
+"""Two processes train what one trains, and each goes on with what the other left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from wakesleep.streams.config import load_config, to_yaml
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.ranks import Ranks
+from wakesleep.streams.training import train
+from wakesleep.streams.training_config import TrainConfig
+
+CLOSE = {"rtol": 0, "atol": 2e-6}  # float32: sums over lanes are taken in another order
+MODEL = {
+    "vocab_size": 32,
+    "dim": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "head_dim": 8,
+    "mlp_dim": 32,
+    "window": 16,
+    "chunk": 8,
+    "memory_layers": [0],
+    "store_layers": [1],
+    "store": {"capacity": 8, "hidden": 8},
+}
+STEP = {"steps": 6, "lanes": 4, "sequence_len": 32, "segments_per_step": 2, "save_every": 2}
+# a stable rate does not depend on how many steps there will be
+OPTIM = {"warmup": 2, "schedule": "stable", "decay": 0.0}
+
+
+def recall(tmp_path) -> dict:
+    """Everything that ranks share: distractors, memories of other lanes, taught admission."""
+    return {
+        "model": MODEL,
+        "data": {"kind": "mqar", "mqar": {"pairs": 4, "queries": 4, "vocab_size": 32}},
+        "train": {**STEP, "validate_every": 3, "validation_batches": 1, "blind_share": 0.1},
+        "optim": OPTIM,
+        "admission": {
+            "capacities": [4, 8],
+            "keep_all_share": 0.5,
+            "distractor_share": 0.7,
+            "distractor_pool": 16,
+            "rank_max": 64,
+        },
+    }
+
+
+def text(tmp_path) -> dict:
+    """Lanes in the middle of documents."""
+    rng = np.random.default_rng(0)
+    for number, length in enumerate((50, 21, 90, 40, 200)):
+        np.save(tmp_path / f"{number}.npy", rng.integers(0, 32, length))
+    data = {"kind": "text", "paths": [str(tmp_path)]}
+    return {"model": MODEL, "data": data, "train": STEP, "optim": OPTIM}
+
+
+def one(layer: dict, folder: Path, *, resume: bool = False) -> None:
+    train(load_config(TrainConfig, overrides=layer | {"threads": 1})[0], folder, resume=resume)
+
+
+def two(layer: dict, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    """Train with the command, in two processes."""
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(to_yaml(load_config(TrainConfig, overrides=layer | {"threads": 1})[0]))
+    command = [str(Path(sys.executable).with_name("wakesleep")), "train", str(recipe)]
+    arguments = [*command, "--output", str(folder), "trainer.devices=2", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def saved(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_close(a: dict, b: dict) -> None:
+    """Weights, what the lanes carry and what waits for them."""
+    mine, theirs = ({**x["state_dict"], **(x["wakesleep"]["state"] or {})} for x in (a, b))
+    pools = [x["wakesleep"]["pool"] for x in (a, b)]
+    pasts = [x["wakesleep"]["pasts"] or {} for x in (a, b)]
+    torch.testing.assert_close(mine, theirs, **CLOSE)
+    torch.testing.assert_close(pools[0], pools[1], **CLOSE)
+    torch.testing.assert_close(pasts[0], pasts[1], **CLOSE)
+    assert a["wakesleep"]["pool_written"] == b["wakesleep"]["pool_written"]
+
+
+@pytest.mark.parametrize("make", [recall, text])
+def test_two_processes_train_what_one_does_and_one_goes_on_with_it(make, tmp_path):
+    layer = make(tmp_path)
+    run = two(layer, tmp_path / "run", "trainer.max_steps=3")
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 2  # one process speaks
+    one({**layer, "trainer": {"max_steps": 3}}, tmp_path / "single")
+    assert_close(saved(tmp_path / "run"), saved(tmp_path / "single"))
+
+    one(layer, tmp_path / "run", resume=True)
+    one(layer, tmp_path / "whole")
+    assert_close(saved(tmp_path / "run"), saved(tmp_path / "whole"))
+
+
+def test_two_processes_go_on_with_what_one_left(tmp_path):
+    layer = text(tmp_path)
+    one({**layer, "trainer": {"max_steps": 3}}, tmp_path / "run")
+    run = two(layer, tmp_path / "run", "--resume")
+    assert run.returncode == 0, run.stderr
+    one(layer, tmp_path / "whole")
+    assert_close(saved(tmp_path / "run"), saved(tmp_path / "whole"))
+
+
+def test_lanes_are_dealt_without_overlap():
+    lanes = torch.arange(6)
+    dealt = [Ranks(rank, 3).mine(lanes) for rank in range(3)]
+    assert torch.cat(dealt).equal(lanes)
+    assert {len(part) for part in dealt} == {2}
+
+
+def test_lanes_that_cannot_be_dealt_evenly_are_refused():
+    with pytest.raises(Refused, match="lanes=4 cannot be dealt to 3 processes"):
+        Ranks(0, 3).check(4)
+    with pytest.raises(Refused, match="lanes=1 cannot be dealt to 2 processes"):
+        Ranks(0, 2).check(1)
