@@ -29,7 +29,7 @@ MODEL = {
     "store_layers": [1],
     "store": {"capacity": 8, "hidden": 8},
 }
-STEP = {"steps": 6, "lanes": 4, "sequence_len": 32, "segments_per_step": 2, "save_every": 2}
+STEP = {"steps": 6, "lanes": 4, "sequence_len": 64, "segments_per_step": 2, "save_every": 2}
 # a stable rate does not depend on how many steps there will be
 OPTIM = {"warmup": 2, "schedule": "stable", "decay": 0.0}
 
