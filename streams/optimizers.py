@@ -17,6 +17,7 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.training_config import OptimConfig
 
 PARTS = ("embedding", "attention", "memory", "store", "mlp", "norm")  # whose gradients are watched
+NORMS = tuple(f"grad_norm_{part}" for part in PARTS)
 PER_HEAD = ("memory.gates", "store.head.2")
 
 

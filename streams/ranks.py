@@ -7,7 +7,7 @@ own. Every method but `mine` must be called by all ranks at the same place.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -66,14 +66,6 @@ class Ranks(NamedTuple):
     def any(self, found: bool, device: torch.device | None = None) -> bool:
         """Whether it is so on any rank."""
         return found if self.world == 1 else bool(self.sum(torch.tensor(int(found), device=device)))
-
-    def objects(self, own: Any) -> list[Any]:
-        """What every rank has, in their order: small plain values."""
-        if self.world == 1:
-            return [own]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, own)
-        return found
 
     def _gathered(self, x: Tensor) -> Tensor:
         x = x.contiguous()

@@ -105,6 +105,11 @@ class Tokenizer:
         """Count all ids, the special ones included."""
         return len(self._bytes)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """UTF-8 bytes that every id stands for, [V] int64; special ids stand for none."""
+        return self._lengths
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens written in it are ordinary text."""
         return [i for ids in self.encode_stream([text]) for i in ids.tolist()]

@@ -27,11 +27,18 @@ from wakesleep.streams.rng import rng_states, set_rng_states
 from wakesleep.streams.teacher import admission_loss, fact_ranking, marked
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_data import Source, StreamDataModule, answer_kinds, open_source
+from wakesleep.streams.training_data import (
+    Source,
+    StreamDataModule,
+    answer_kinds,
+    open_source,
+    text_tokenizer,
+)
 from wakesleep.streams.training_draws import Blind, Draw, draw_blind, draw_step, never
 from wakesleep.streams.training_health import GateMeans, add_health
-from wakesleep.streams.training_metrics import Means, add_answers
+from wakesleep.streams.training_metrics import Means, add_answers, add_losses, counted, measured
 from wakesleep.streams.training_run import RunFolder, make_trainer
+from wakesleep.streams.training_samples import sample_answer
 from wakesleep.streams.unroll import TokenLoss, Unrolled, last_stored, next_token_loss, unroll
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.model_io import load_model
@@ -40,12 +47,17 @@ from wakesleep.ttl.state import StreamState, detach, flatten, to, unflatten
 __all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "prepare", "train"]
 
 CHECKPOINT_KEY = "wakesleep"
-VERSION = 2  # of what is under that key
+VERSION = 3  # of what is under that key
 VALIDATION = 1 << 41  # the draws of validation batches are numbered from here
 
 
 class TrainingFailed(RuntimeError):
     """A number is not finite; the last checkpoint is as it was."""
+
+
+class Evaluated(NamedTuple):
+    means: dict[str, float]
+    sample: str | None  # a question, and what was answered
 
 
 class StreamModule(lightning.LightningModule):
@@ -59,7 +71,8 @@ class StreamModule(lightning.LightningModule):
         self.cursor = 0  # number of the next batch
         self.state: StreamState | None = None  # what the lanes carry, detached
         self.pool = empty_pool(self.model.init_state(1), config.admission.distractor_pool)
-        self.means = Means()
+        self.means = Means(counted(self.kinds))
+        self._tokenizer = text_tokenizer(config)
         self.ranks = ALONE
         self._gates = GateMeans(self.model)
         self._failed: TrainingFailed | None = None  # in this step; raised when all ranks know
@@ -99,9 +112,9 @@ class StreamModule(lightning.LightningModule):
         return loss
 
     @torch.no_grad()
-    def evaluate(self, source: Source, batches: int) -> dict[str, float]:
+    def evaluate(self, source: Source, batches: int) -> Evaluated:
         """Losses and answers on the first batches of a source; nothing of the training changes."""
-        means, state = Means(), None
+        means, state, sample = Means(measured(self.kinds)).to(self.device), None, None
         self.model.eval()
         for number in range(batches):
             batch = self.transfer_batch_to_device(source.batch(number), self.device, 0)
@@ -109,9 +122,11 @@ class StreamModule(lightning.LightningModule):
             start = self._start(draw, state)
             read = unroll(self.model, batch, start, draw, self.pool, ranks=self.ranks)
             state = read.state if self.config.carries else None
-            self._count(means, self._next_token(read, batch, total), read, batch, draw)
+            tokens = self._next_token(read, batch, total)
+            self._count(means, tokens, read, batch, draw)
+            sample = sample or sample_answer(batch, tokens, self._tokenizer)
         self.model.train()
-        return means.merge(self.ranks).take()
+        return Evaluated(means.take(), sample)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and the schedule with one step of it per optimiser step."""
@@ -135,9 +150,9 @@ class StreamModule(lightning.LightningModule):
         if not math.isfinite(norm):
             bad = [n for n, p in self.model.named_parameters() if not _finite(p.grad)]
             raise self._failure(f"the gradient of {', '.join(bad[:3])}")
-        self.means.add("grad_norm", norm)
+        self.means.update("grad_norm", norm)
         for part, norm in norms.items():
-            self.means.add(f"grad_norm_{part}", norm)
+            self.means.update(f"grad_norm_{part}", norm)
 
     def setup(self, stage: str) -> None:
         """Find this process's place among those of the run.
@@ -161,8 +176,10 @@ class StreamModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know of, in plain types, of the lanes of all processes."""
-        state, merged = self.ranks.gather(self.state), self.means.merge(self.ranks)
-        self.means = merged if self.ranks.rank == 0 else Means()
+        state = self.ranks.gather(self.state)
+        for sums in (self.means.sums, self.means.weights):  # from now on the first one has them
+            merged = self.ranks.sum(sums)
+            sums.copy_(merged if self.ranks.rank == 0 else torch.zeros_like(merged))
         checkpoint[CHECKPOINT_KEY] = {
             "version": VERSION,
             "cursor": self.cursor,
@@ -170,7 +187,7 @@ class StreamModule(lightning.LightningModule):
             "pool": [ring._asdict() for ring in self.pool.rings],
             "pool_written": self.pool.written,
             "pasts": None if self.pool.pasts is None else flatten(self.pool.pasts),
-            "means": merged.sums,
+            "means": [self.means.sums.cpu(), self.means.weights.cpu()],
             "rng": rng_states(),
             "model": as_dict(self.config.model),
         }
@@ -187,7 +204,8 @@ class StreamModule(lightning.LightningModule):
         if saved["model"] != as_dict(self.config.model):
             raise Refused("this checkpoint belongs to a model with another config")
         self.cursor, self._rng = saved["cursor"], saved["rng"]
-        self.means.sums = saved["means"] if self.ranks.rank == 0 else {}
+        for sums, kept in zip((self.means.sums, self.means.weights), saved["means"], strict=True):
+            sums.copy_(kept if self.ranks.rank == 0 else torch.zeros_like(kept))
         like = self.model.init_state(self.config.train.lanes)
         if saved["state"] is not None:
             self.state = self.ranks.mine(unflatten(like, saved["state"]))
@@ -245,32 +263,29 @@ class StreamModule(lightning.LightningModule):
             positive_weight=admission.positive_weight,
             ranks=self.ranks,
         )
-        self.means.add("loss_admission", float(loss.detach()))
+        self.means.update("loss_admission", float(loss.detach()))
         for name, value in metrics.items():
-            self.means.add(name, value)
+            self.means.update(name, value)
         return loss
 
     def _count(
         self, means: Means, tokens: TokenLoss, read: Unrolled, batch: Batch, draw: Draw
     ) -> None:
         """Add a step's values for people; means over tokens or answers are weighted by those."""
-        asked = int((batch.asked > 0).sum())
-        rest = int((batch.weight > 0).sum()) - asked
-        means.add("loss", float(tokens.loss.detach()))
-        if asked:
-            means.add("loss_answers", float(tokens.answers), asked)
-        if rest > 0:
-            means.add("loss_rest", float(tokens.rest), rest)
-        if bool(tokens.blind.isfinite()):
-            means.add("loss_blind", float(tokens.blind))
         chunk, window = self.config.model.chunk, self.model.window_of(read.state)
         reach = window + chunk
+        add_losses(means, batch, tokens, self._token_bytes(), reach)
         answered = (batch, tokens.right, tokens.stale, self.kinds, reach, draw.keep_all)
         add_answers(means, *answered)
         until = last_stored(read.state.position, chunk, window)
         facts = fact_ranking(read.state, read.stored, batch.fact, until, draw.keep_all)
         for name, value in facts.items():
-            means.add(name, value)
+            means.update(name, value)
+
+    def _token_bytes(self) -> Tensor | None:
+        if self._tokenizer is None:
+            return None
+        return torch.from_numpy(self._tokenizer.lengths).to(self.device)
 
     def _fault(self, loss: Tensor, tokens: TokenLoss, read: Unrolled) -> TrainingFailed | None:
         if _finite(loss) and not read.nonfinite:

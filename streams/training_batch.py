@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     lengths: Tensor  # [B, K] int64 tokens of each segment
     reset: Tensor  # [B, K] bool: a document starts with this segment
     stale: Tensor  # [B, T] int64 where an answer begins: the value that was overwritten, or -1
+    repeat: Tensor  # [B, T] int64 tokens since the target was read behind the same two; 0 = never
     answers: Answers
     cursor: int  # number of this batch
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from wakesleep.streams.mixture import Mixture
 from wakesleep.streams.mqar import MQAR
+from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.training_batch import Answers, Batch
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_text import TextLanes, document_files
@@ -62,6 +63,7 @@ class Tasks:
             fact=rows["fact"],
             value=rows["value"],
             stale=stale,
+            repeat=torch.zeros(B, T, dtype=torch.int64),
             lengths=torch.full((B, self.segments), T // self.segments),
             reset=reset,
             answers=answers,
@@ -146,7 +148,8 @@ def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
                     "leave it out of one"
                 )
             paths = data.validation_paths if validation else data.paths
-            lanes = TextLanes(paths, step.lanes, step.segment, step.segments_per_step, seed)
+            sizes = (step.lanes, step.segment, step.segments_per_step)
+            lanes = TextLanes(paths, *sizes, seed, held_out=validation)
             _check_vocabulary(config, lanes.highest_id + 1)
             return lanes
 
@@ -161,6 +164,14 @@ def tokenizer_json(config: TrainConfig) -> bytes:
     path = config.data.mixture.tokenizer if config.data.kind == "mixture" else None
     shipped = resources.files("wakesleep.streams") / "data" / "default" / "tokenizer.json"
     return Path(path).read_bytes() if path else shipped.read_bytes()
+
+
+def text_tokenizer(config: TrainConfig) -> Tokenizer | None:
+    """The tokenizer of the ids, None where they stand for no text or for one of another size."""
+    if config.data.kind == "mqar":
+        return None
+    tokenizer = Tokenizer(tokenizer_json(config))
+    return tokenizer if tokenizer.vocab_size == config.model.vocab_size else None
 
 
 def _inside(answers: Answers, lanes: int, columns: int) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from wakesleep.streams.training_metrics import Means
 from wakesleep.ttl.memory import NeuralMemory
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import StreamState
+
+if TYPE_CHECKING:
+    from wakesleep.streams.training_metrics import Means
 
 GATES = ("output", "keep", "step", "momentum")  # in the order of `NeuralMemory.gates`
 HEALTH = (
@@ -37,7 +41,7 @@ class GateMeans:
     def add_to(self, means: Means) -> None:
         """Hand over what was seen."""
         for name, values in self.seen.items():
-            means.add(f"gate_{name}", float(torch.stack(values).mean()))
+            means.update(f"gate_{name}", float(torch.stack(values).mean()))
 
     def _hook(self, memory: NeuralMemory):
         heads, top = memory.num_heads, memory.config.max_momentum
@@ -58,16 +62,16 @@ def add_health(means: Means, state: StreamState, surprise: Tensor) -> None:
     if memories and surprise.numel():
         levels = torch.tensor([0.5, 0.95], device=surprise.device)
         low, high = surprise.detach().flatten().quantile(levels)
-        means.add("surprise_p50", float(low))
-        means.add("surprise_p95", float(high))
+        means.update("surprise_p50", float(low))
+        means.update("surprise_p95", float(high))
         norms = [w.detach().flatten(2).norm(dim=2) for m in memories for w in m.weights]
-        means.add("memory_norm", float(torch.stack([norm.mean() for norm in norms]).mean()))
+        means.update("memory_norm", float(torch.stack([norm.mean() for norm in norms]).mean()))
     stores = [block.store for block in state.blocks if block.store is not None]
     if not stores:
         return
     filled = [store.position >= 0 for store in stores]
-    means.add("store_fill", float(torch.stack([f.float().mean() for f in filled]).mean()))
+    means.update("store_fill", float(torch.stack([f.float().mean() for f in filled]).mean()))
     ages = [state.position[:, None, None] - store.position for store in stores]
     held = torch.cat([age[f] for age, f in zip(ages, filled, strict=True)])
     if held.numel():
-        means.add("store_age", float(held.float().mean()))
+        means.update("store_age", float(held.float().mean()))

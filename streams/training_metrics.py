@@ -10,48 +10,87 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from wakesleep.streams.ranks import Ranks
+from wakesleep.streams.optimizers import NORMS
 from wakesleep.streams.training_batch import Answers, Batch
+from wakesleep.streams.training_health import HEALTH
+from wakesleep.streams.unroll import TokenLoss
 
 DECADES = ("age_1", "age_10", "age_100", "age_1k", "age_10k", "age_100k")
 PLACES = ("inside", "outside", "outside_kept", "outside_selected")
 TAUGHT = ("loss_blind", "loss_admission", "precision", "recall", "needed", "noise_above")
-MEASURED = ("loss", "loss_answers", "loss_rest", "noise_above_facts", "facts_kept")
+LOSSES = ("loss", "loss_answers", "loss_rest", "bits_per_byte", "bits_per_byte_far")
+FACTS = ("noise_above_facts", "facts_kept")
 
 
-class Means:
-    """Weighted means by name since the last `take`."""
+class Means(Metric):
+    """Weighted means by name since the last `take`, over all processes of a run."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}  # name: [sum, weight]
+    full_state_update = False
 
-    def add(self, name: str, value: float, weight: float = 1.0) -> None:
-        cell = self.sums.setdefault(name, [0.0, 0.0])
-        cell[0] += float(value) * weight
-        cell[1] += weight
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.rows = {name: row for row, name in enumerate(names)}
+        self.add_state("sums", torch.zeros(len(self.rows)), dist_reduce_fx="sum")
+        self.add_state("weights", torch.zeros(len(self.rows)), dist_reduce_fx="sum")
 
-    def merge(self, ranks: Ranks) -> Means:
-        """What all ranks counted."""
-        merged = Means()
-        for sums in ranks.objects(self.sums):
-            for name, (total, weight) in sums.items():
-                cell = merged.sums.setdefault(name, [0.0, 0.0])
-                cell[0] += total
-                cell[1] += weight
-        return merged
+    def update(self, name: str, value: float, weight: float = 1.0) -> None:
+        """Count a value."""
+        self.sums[self.rows[name]] += float(value) * weight
+        self.weights[self.rows[name]] += weight
+
+    def compute(self) -> dict[str, float]:
+        """The means of what was counted."""
+        sums, weights = self.sums.tolist(), self.weights.tolist()
+        return {name: sums[row] / weights[row] for name, row in self.rows.items() if weights[row]}
 
     def take(self) -> dict[str, float]:
         """The means so far; start again."""
-        means = {name: total / weight for name, (total, weight) in self.sums.items() if weight}
-        self.sums = {}
+        means = self.compute() if self.update_called else {}
+        self.reset()
         return means
 
 
-def answer_columns(kinds: Iterable[str]) -> list[str]:
-    """Names of all values that `add_answers` may add."""
-    return ["answers", *PLACES, *DECADES, "nothing", "stale", *(f"kind_{kind}" for kind in kinds)]
+def measured(kinds: Iterable[str]) -> list[str]:
+    """Names of what a step and a validation count alike."""
+    answers = ["answers", *PLACES, *DECADES, "nothing", "stale", *(f"kind_{k}" for k in kinds)]
+    return [*LOSSES, *FACTS, *answers]
+
+
+def counted(kinds: Iterable[str]) -> list[str]:
+    """Names of all that a step counts."""
+    return ["grad_norm", *NORMS, *HEALTH, *TAUGHT, *measured(kinds)]
+
+
+def add_losses(
+    means: Means, batch: Batch, tokens: TokenLoss, token_bytes: Tensor | None, reach: int
+) -> None:
+    """Count the losses of a step; those of single tokens, but for answers, also in bits per byte.
+
+    Args:
+        token_bytes: [V] UTF-8 bytes of every token; None where ids stand for no text.
+        reach: tokens; what was read longer ago has left the window.
+    """
+    asked = batch.asked > 0
+    rest = (batch.weight > 0) & ~asked
+    means.update("loss", float(tokens.loss.detach()))
+    if num_asked := int(asked.sum()):
+        means.update("loss_answers", float(tokens.nats[asked].mean()), num_asked)
+    if num_rest := int(rest.sum()):
+        means.update("loss_rest", float(tokens.nats[rest].mean()), num_rest)
+    if bool(tokens.blind.isfinite()):
+        means.update("loss_blind", float(tokens.blind))
+    if token_bytes is None:
+        return
+    lengths = token_bytes[batch.targets]
+    far = rest & (batch.repeat > reach)
+    for name, group in (("bits_per_byte", rest), ("bits_per_byte_far", far)):
+        if num_bytes := int(lengths[group].sum()):
+            bits = float(tokens.nats[group].double().sum()) / math.log(2)
+            means.update(name, bits / num_bytes, num_bytes)
 
 
 def add_answers(
@@ -93,10 +132,10 @@ def add_answers(
         groups[f"kind_{name}"] = answers.kind == number
     for name, members in groups.items():
         if members.any():
-            means.add(name, hit[members].mean(), int(members.sum()))
+            means.update(name, hit[members].mean(), int(members.sum()))
     changed = (batch.stale >= 0).cpu()
     if changed.any():
-        means.add("stale", float(stale.cpu()[changed].float().mean()), int(changed.sum()))
+        means.update("stale", float(stale.cpu()[changed].float().mean()), int(changed.sum()))
 
 
 def line(step: int, total: int, row: dict[str, float], seconds_left: float) -> str:

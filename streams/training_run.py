@@ -28,22 +28,21 @@ from torch import nn
 
 from wakesleep.streams.config import flat, load_config, to_yaml
 from wakesleep.streams.errors import Refused
-from wakesleep.streams.optimizers import PARTS
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
-from wakesleep.streams.training_health import HEALTH
 from wakesleep.streams.training_loggers import open_loggers
-from wakesleep.streams.training_metrics import MEASURED, TAUGHT, answer_columns, line
+from wakesleep.streams.training_metrics import counted, line, measured
 from wakesleep.ttl.config_json import parse_json
 from wakesleep.ttl.files import write_atomically
+from wakesleep.ttl.flops import token_flops
 from wakesleep.ttl.model_io import model_sha256, save_model
 
 # may change on resume
 FREE = ("train.save_every", "train.log_every", "threads", "device", "logger", "data.workers")
-COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "lr", "grad_norm")
+COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "flops_per_second", "lr")
+TRAINING_FLOPS = 3  # forward and backward pass, of a forward pass; nothing computed again
 SAVE_SECONDS = 300.0  # between checkpoints where no number of steps is given
-NORMS = tuple(f"grad_norm_{part}" for part in PARTS)
 
 
 class RunFolder(lightning.Callback):
@@ -59,9 +58,10 @@ class RunFolder(lightning.Callback):
         self._step = 0  # last one that was seen
         self._mark = (0.0, 0)  # clock and step of the last line
         self._saved = 0.0  # clock of the last checkpoint
-        measured = [*MEASURED, *answer_columns(answer_kinds(config))]
-        validated = [f"val_{name}" for name in measured]
-        self._columns = [*COLUMNS, *NORMS, *HEALTH, *TAUGHT, *measured, *validated]
+        kinds = answer_kinds(config)
+        validated = [f"val_{name}" for name in measured(kinds)]
+        self._columns = [*COLUMNS, *counted(kinds), *validated]
+        self._flops = TRAINING_FLOPS * token_flops(config.model)
 
     @property
     def checkpoint(self) -> Path:
@@ -151,18 +151,19 @@ class RunFolder(lightning.Callback):
         tokens = train.lanes * train.sequence_len * self.config.accumulate
         lasted = time.monotonic() - clock
         self.seconds += lasted
-        row = module.means.merge(module.ranks).take()
-        module.means.take()
+        row, sample = module.means.take(), None
+        speed = (step - before) * tokens / max(lasted, 1e-9)
         row |= {
             "step": step,
             "tokens": step * tokens,
             "seconds": self.seconds,
-            "tokens_per_second": (step - before) * tokens / max(lasted, 1e-9),
+            "tokens_per_second": speed,
+            "flops_per_second": speed * self._flops,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
         if validate:
             with trainer.precision_plugin.forward_context():
-                found = module.evaluate(self.validation, train.validation_batches)
+                found, sample = module.evaluate(self.validation, train.validation_batches)
             row |= {f"val_{name}": value for name, value in found.items()}
             if self.best is None or row["val_loss"] < self.best:
                 self.best = row["val_loss"]
@@ -178,6 +179,8 @@ class RunFolder(lightning.Callback):
         total = self.config.total_steps
         left = lasted / max(1, step - before) * (total - step)
         self._say(module, line(step, total, row, left))
+        if sample is not None:
+            self._say(module, f"  {sample}")
 
     def _save(self, trainer, module) -> None:
         """Replace the checkpoint, then the model folder `last`."""

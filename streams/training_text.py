@@ -25,9 +25,17 @@ class TextLanes:
     kinds: tuple[str, ...] = ()
 
     def __init__(
-        self, paths: tuple[str, ...], lanes: int, segment: int, segments: int, seed: int
+        self,
+        paths: tuple[str, ...],
+        lanes: int,
+        segment: int,
+        segments: int,
+        seed: int,
+        held_out: bool = False,
     ) -> None:
         self.documents = [_open(path) for path in document_files(paths)]
+        self.held_out = held_out  # then batches tell how long ago a target was last read
+        self._since = [since_repeat(ids) for ids in self.documents] if held_out else []
         self.lanes, self.segment, self.segments, self.seed = lanes, segment, segments, seed
         self._order: list[list[int]] = [[] for _ in range(lanes)]  # document numbers
         self._ends: list[list[int]] = [[] for _ in range(lanes)]  # segments up to their ends
@@ -44,6 +52,7 @@ class TextLanes:
         tokens = np.zeros((B, K, S), np.int64)
         targets = np.zeros((B, K, S), np.int64)
         weight = np.zeros((B, K, S), np.float32)
+        repeat = np.zeros((B, K, S), np.int64)
         lengths = np.zeros((B, K), np.int64)
         reset = np.zeros((B, K), bool)
         for lane in range(B):
@@ -55,6 +64,9 @@ class TextLanes:
                 tokens[lane, k, :n] = here[:n]
                 targets[lane, k, : len(here) - 1] = here[1:]
                 weight[lane, k, : len(here) - 1] = 1.0
+                if self.held_out:
+                    since = self._since[document][piece * S + 1 : (piece + 1) * S + 1]
+                    repeat[lane, k, : len(since)] = since
                 lengths[lane, k], reset[lane, k] = n, piece == 0
         rows = (torch.from_numpy(x.reshape(B, K * S)) for x in (tokens, targets, weight))
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -65,6 +77,7 @@ class TextLanes:
             fact=torch.zeros(B, K * S, dtype=torch.bool),
             value=torch.zeros(B, K * S, dtype=torch.bool),
             stale=torch.full((B, K * S), -1),
+            repeat=torch.from_numpy(repeat.reshape(B, K * S)),
             lengths=torch.from_numpy(lengths),
             reset=torch.from_numpy(reset),
             answers=Answers(*(nothing,) * 5),
@@ -88,6 +101,20 @@ class TextLanes:
             self._order[lane].append(int(document))
             self._ends[lane].append((self._ends[lane] or [0])[-1] + pieces)
         self._passes += 1
+
+
+def since_repeat(ids: np.ndarray) -> np.ndarray:
+    """Tokens since each id was last read behind the same two ids: [N] int32, 0 = never."""
+    ids = np.asarray(ids, dtype=np.int64)
+    since = np.zeros(len(ids), np.int32)
+    base = int(ids.max()) + 1
+    if len(ids) < 4 or base > 1 << 20:  # three larger ids do not fit into one number
+        return since
+    triples = (ids[:-2] * base + ids[1:-1]) * base + ids[2:]
+    order = np.argsort(triples, kind="stable")
+    again = triples[order[1:]] == triples[order[:-1]]
+    since[order[1:][again] + 2] = (order[1:] - order[:-1])[again]
+    return since
 
 
 def document_files(paths: tuple[str, ...]) -> list[Path]:

@@ -33,10 +33,10 @@ class Unrolled(NamedTuple):
 
 class TokenLoss(NamedTuple):
     loss: Tensor  # scalar, weighted mean over the predictions
-    answers: Tensor  # scalar, mean over answer tokens; nan without any
-    rest: Tensor  # scalar, mean over the other tokens with a weight; nan without any
-    blind: Tensor  # scalar, mean over the blind ones of all these; nan without any
-    right: Tensor  # [B, T] bool: the likeliest token is the target; answer tokens only
+    nats: Tensor  # [B, T] of every prediction that is asked for or weighed, else 0
+    blind: Tensor  # scalar, mean over the blind ones of these; nan without any
+    said: Tensor  # [B, T] int64 the likeliest token; answer tokens only, else -2
+    right: Tensor  # [B, T] bool: it is the target
     stale: Tensor  # [B, T] bool: it is the one that has been overwritten
 
 
@@ -133,9 +133,11 @@ def next_token_loss(
     said = torch.full_like(batch.targets, -2)
     said.view(-1)[rows[asked]] = logits.detach()[asked].argmax(-1)
     right, stale = said == batch.targets, said == batch.stale
-    seen = losses.detach()
-    alone = torch.zeros_like(asked) if blind is None else blind.flatten()[rows]
-    return TokenLoss(loss, *(seen[group].mean() for group in (asked, ~asked, alone)), right, stale)
+    nats = torch.zeros_like(batch.weight)
+    nats.view(-1)[rows] = losses.detach().float()
+    alone = torch.zeros_like(batch.asked, dtype=torch.bool) if blind is None else blind
+    hidden = losses.detach()[alone.flatten()[rows]].mean()
+    return TokenLoss(loss, nats, hidden, said, right, stale)
 
 
 def last_stored(position: Tensor, chunk: int, window: int) -> Tensor:

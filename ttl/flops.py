@@ -100,8 +100,7 @@ def wake_flops(config: ModelConfig, position: int, num_tokens: int, **sizes) -> 
 
 def flop_table(config: ModelConfig) -> str:
     """MFLOP per token by part, for people: whole pages (or chunks) read with a full store."""
-    period = (config.combine == "mac" and config.memory.page) or config.chunk
-    full = -(-(config.window + config.store.capacity) // period) * period
+    full, period = _full(config)
     rows: dict[str, tuple[float, list[str]]] = {}
     for cost in segment_flops(config, full, period):
         total, layers = rows.get(cost.part, (0.0, []))
@@ -114,6 +113,18 @@ def flop_table(config: ModelConfig) -> str:
         where = f"layer {', '.join(layers)}" if layers else ""
         lines.append(f"  {part:<12} {total:9.3f} {total / whole:7.1%}  {where}".rstrip())
     return "\n".join(lines)
+
+
+def token_flops(config: ModelConfig) -> float:
+    """FLOPs of reading one token, as the last line of `flop_table` has them."""
+    full, period = _full(config)
+    return wake_flops(config, full, period) / period
+
+
+def _full(config: ModelConfig) -> tuple[int, int]:
+    """Position behind which the store is full, and tokens of a page or chunk."""
+    period = (config.combine == "mac" and config.memory.page) or config.chunk
+    return -(-(config.window + config.store.capacity) // period) * period, period
 
 
 def state_bytes(

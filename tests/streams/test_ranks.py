@@ -12,8 +12,8 @@ import torch
 from wakesleep.streams.config import load_config, to_yaml
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.ranks import Ranks
-from wakesleep.streams.training import train
-from wakesleep.streams.training_config import TrainConfig
+from wakesleep.streams.training import StreamModule, train
+from wakesleep.streams.training_config import OptimConfig, TrainConfig
 
 CLOSE = {"rtol": 0, "atol": 2e-6}  # float32: sums over lanes are taken in another order
 MODEL = {
@@ -110,6 +110,21 @@ def test_two_processes_go_on_with_what_one_left(tmp_path):
     assert run.returncode == 0, run.stderr
     one(layer, tmp_path / "whole")
     assert_close(saved(tmp_path / "run"), saved(tmp_path / "whole"))
+
+
+def test_a_run_made_longer_goes_on_at_the_rate_of_its_new_length(tmp_path, monkeypatch):
+    layer = {**text(tmp_path), "optim": {"warmup": 1}}
+    one({**layer, "trainer": {"max_steps": 3}}, tmp_path / "run")
+    rates, original = [], StreamModule.training_step
+
+    def step(self, batch, batch_idx):
+        rates.append(self.optimizers().param_groups[0]["lr"])
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(StreamModule, "training_step", step)
+    one(layer, tmp_path / "run", resume=True)
+    optim = OptimConfig(warmup=1)
+    assert rates == pytest.approx([optim.lr * optim.rate(step, 6) for step in (3, 4, 5)])
 
 
 def test_lanes_are_dealt_without_overlap():

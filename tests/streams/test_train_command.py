@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def training(monkeypatch):
     def replace(train, check=lambda: None):
         def prepare(config, output, *, resume, quiet):
             check()
-            return types.SimpleNamespace(carry_out=lambda: train(config, output, resume=resume))
+            trainer = types.SimpleNamespace(is_global_zero=True)
+            run = partial(train, config, output, resume=resume)
+            return types.SimpleNamespace(carry_out=run, trainer=trainer)
 
         module = types.SimpleNamespace(prepare=prepare)
         monkeypatch.setitem(sys.modules, "wakesleep.streams.training", module)
@@ -99,7 +102,7 @@ def test_whatever_cannot_be_is_refused_in_three_lines(capsys, monkeypatch):
     for words in (
         ["trainer.max_stps=3"],
         ["trainer.max_steps=abc"],
-        ["trainer.devices=2"],
+        ["trainer.devices=3"],
         ["optim.rule=muon"],  # torch has none here
         ["train.start=nowhere"],
         ["data.kind=text", f"data.paths=[{__file__}]", "admission.keep_all_share=0"],

@@ -6,7 +6,7 @@ import torch
 
 from wakesleep.streams.mqar import MQAR, MQARConfig
 from wakesleep.streams.training_data import LaneLoader, Tasks
-from wakesleep.streams.training_metrics import Means, add_answers
+from wakesleep.streams.training_metrics import Means, add_answers, measured
 from wakesleep.streams.training_text import TextLanes
 
 
@@ -39,7 +39,7 @@ def test_answers_are_right_only_if_all_their_tokens_are():
     )
     right = torch.zeros(2, 32, dtype=torch.bool)
     right[0, 4:7], right[0, 10], right[1, 4:6], right[1, 9:12] = True, True, True, True
-    means = Means()
+    means = Means(measured(MQAR.kinds))
     asked = batch._replace(answers=answers)
     add_answers(means, asked, right, ~right, ("mqar",), 16, keep_all=True)
     found = means.take()
@@ -63,7 +63,7 @@ def test_stale_answers_are_a_share_of_the_overwritten_ones():
     assert len(changed) == 4
     stale = torch.zeros(2, 32, dtype=torch.bool)
     stale[tuple(changed[0])] = True
-    means = Means()
+    means = Means(measured(MQAR.kinds))
     add_answers(means, batch, ~stale, stale, MQAR.kinds, 16, keep_all=True)
     found = means.take()
     assert found["stale"] == 0.25 and found["kind_overwritten"] == 0.75

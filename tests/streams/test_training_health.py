@@ -29,7 +29,7 @@ def test_gates_are_means_of_what_the_memory_uses(config):
     tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
     _, state, _ = model(tokens, model.init_state(2))
     model(tokens, state)
-    means = Means()
+    means = Means(HEALTH)
     watch.add_to(means)
     wanted = [torch.cat(gates, -1).mean((0, 1, 2)) for gates in seen]
     wanted = torch.stack(wanted).mean(0).detach()
@@ -46,7 +46,7 @@ def test_fill_age_and_norms_are_those_of_the_state(config):
     model = TTLModel(config.model)
     tokens = torch.randint(64, (2, 56), generator=torch.Generator().manual_seed(1))
     _, state, stats = model(tokens, model.init_state(2))
-    means = Means()
+    means = Means(HEALTH)
     add_health(means, state, stats.surprise)
     found, position = means.take(), state.blocks[1].store.position
     assert found["store_fill"] == pytest.approx(float((position >= 0).float().mean()))
@@ -58,7 +58,7 @@ def test_fill_age_and_norms_are_those_of_the_state(config):
 
 def test_models_without_parts_have_fewer_numbers(config):
     bare = dataclasses.replace(config.model, memory_layers=(), store_layers=())
-    model, means = TTLModel(bare), Means()
+    model, means = TTLModel(bare), Means(HEALTH)
     _, state, stats = model(torch.zeros(1, 8, dtype=torch.int64), model.init_state(1))
     GateMeans(model).add_to(means)
     add_health(means, state, stats.surprise)
@@ -69,14 +69,14 @@ def test_a_step_counts_all_of_them_and_a_validation_none(config):
     module = StreamModule(dataclasses.replace(config, threads=1))
     source = open_source(config)
     module.evaluate(source, 1)
-    assert module.means.sums == {}
+    assert not module.means.update_called
     module.training_step(source.batch(0), 0)
-    assert set(HEALTH) <= set(module.means.sums)
+    assert set(HEALTH) <= set(module.means.compute())
     evaluated, untouched = StreamModule(config), StreamModule(config)
     evaluated.model.load_state_dict(untouched.model.state_dict())
     evaluated.evaluate(source, 1)
     sums = []
     for module in (evaluated, untouched):
         module.training_step(source.batch(0), 0)
-        sums.append({name: module.means.sums[name] for name in HEALTH})
+        sums.append({name: module.means.compute()[name] for name in HEALTH})
     assert sums[0] == sums[1]
