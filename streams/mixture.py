@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from wakesleep.streams.babi import spread_babi, write_babi
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.facts import FactMaker
 from wakesleep.streams.id_files import map_ids
 from wakesleep.streams.sequences import (
     ANSWER_KINDS,
+    BABI,
     Page,
     RecallConfig,
     Sequence,
@@ -32,7 +34,7 @@ from wakesleep.streams.stories import write_story
 from wakesleep.streams.tokenizer import Tokenizer
 
 EXCERPT = 128  # tokens around a hard place
-SORTS = ("pairs", "dense", "recall", "changes", "stories", "language")
+SORTS = ("pairs", "dense", "recall", "changes", "stories", "babi", "babi_in_text", "language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +58,21 @@ class MixtureConfig:
     recall: tuple[float, ...] = (0.45,)  # facts in text
     changes: tuple[float, ...] = (0.15,)  # facts in text, half of which change; the latest counts
     stories: tuple[float, ...] = (0.15,)  # who went where, in text
+    babi: tuple[float, ...] = (0.0,)  # stories of bAbI tasks, no text between
+    babi_in_text: tuple[float, ...] = (0.0,)  # one such story, in text
+    babi_tasks: tuple[str, ...] = BABI
+    babi_open: float = 0.0  # share of these stories with people, places and things of our own lists
     language: tuple[float, ...] = (0.15,)  # text alone
     facts: RecallConfig = field(default_factory=RecallConfig)
 
     def __post_init__(self) -> None:
         if list(self.stage_tokens) != sorted(self.stage_tokens):
             raise ValueError(f"stage_tokens must increase, not {self.stage_tokens}")
-        if not 0 <= self.hard_share <= 1:
-            raise ValueError(f"hard_share must be from 0 to 1, not {self.hard_share}")
+        for name in ("hard_share", "babi_open"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
+        if not self.babi_tasks or not set(self.babi_tasks) <= set(BABI):
+            raise ValueError(f"babi_tasks must be some of {', '.join(BABI)}, not {self.babi_tasks}")
         stages = len(self.stage_tokens) + 1
         for name in SORTS:
             shares = getattr(self, name)
@@ -156,6 +165,10 @@ class Mixture:
                 write_recall(page, maker, facts.changed_share)
             case "stories":
                 write_story(page, maker.words)
+            case "babi":
+                write_babi(page, self.config.babi_tasks, maker.words, self.config.babi_open)
+            case "babi_in_text":
+                spread_babi(page, self.config.babi_tasks, maker.words, self.config.babi_open)
         return page.finish(self._text(draw, hard=sort != "language"))
 
     def _text(self, draw: random.Random, *, hard: bool) -> np.ndarray:

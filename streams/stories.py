@@ -6,6 +6,7 @@ The tasks are from arXiv 1502.05698; names, places and sentences here are drawn 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from wakesleep.streams.sequences import STORY, Page, horizon
@@ -28,6 +29,16 @@ def write_story(page: Page, words: Words) -> None:
     """Spread a story over the early part of a page, with questions between and behind."""
     draw = page.draw
     events = make_story(draw, words, draw.randint(6, 40))
+    spread_story(page, events, STORY, words.first_names)
+
+
+def spread_story(page: Page, events: list[Event], kind: str, strangers: Sequence[str] = ()) -> None:
+    """Lay events into the early part of a page, with questions between and behind.
+
+    Args:
+        strangers: people who may be asked for although nothing was said of them.
+    """
+    draw = page.draw
     times = sorted(draw.uniform(0, horizon(page)) for _ in events)
     telling = {event for _, event in events[-1].known.values()}
     numbers = [
@@ -39,14 +50,14 @@ def write_story(page: Page, words: Words) -> None:
     for _ in range(2 * len(heard)):
         question, time = _question_and_time(page, events, times)
         now = max(index for index, before in enumerate(times) if before <= time)
-        place, told = events[now].known[question]
-        if (question, told) in asked:  # a second answer could be read off the first
+        place, told = events[now].known.get(question, (None, None))
+        if told is None or (question, told) in asked:  # a second answer could be read off the first
             continue
         asked.add((question, told))
-        page.ask(time, question, place, numbers[told], STORY)
-        unheard = f"Where is {draw.choice(words.first_names)}?"
-        if unheard not in heard and draw.random() < page.config.unknown_odds:
-            page.ask(draw.uniform(0, page.length), unheard, None, None, STORY)
+        page.ask(time, question, place, numbers[told], kind)
+        unheard = f"Where is {draw.choice(strangers)}?" if strangers else None
+        if unheard and unheard not in heard and draw.random() < page.config.unknown_odds:
+            page.ask(draw.uniform(0, page.length), unheard, None, None, kind)
         if page.used > FILL * page.length:
             break
 
@@ -60,7 +71,7 @@ def _question_and_time(page: Page, events: list[Event], times: list[float]) -> t
         since = next(index for index, event in enumerate(events) if question in event.known)
         start = times[max(since, known[question][1])] + far
         return question, draw.uniform(min(start, page.length - 1), page.length)
-    index = draw.randrange(len(events))
+    index = draw.choice([number for number, event in enumerate(events) if event.known])
     question = draw.choice(sorted(events[index].known))
     return question, draw.uniform(times[index], min(times[index] + far, page.length))
 
