@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own, pasts_of
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.language_model import DEFAULT
 from wakesleep.streams.optimizers import make_optimizer, part_norms
 from wakesleep.streams.ranks import ALONE, Ranks
 from wakesleep.streams.rng import rng_states, set_rng_states
@@ -366,7 +367,8 @@ def _start_from(model: TTLModel, config: TrainConfig) -> None:
 
     The window and the store's capacity may be other ones: no weight depends on them.
     """
-    found = load_model(config.train.start)
+    shipped = config.train.start == "default"
+    found = load_model(DEFAULT if shipped else config.train.start)
     before, now = flat(found.config), flat(config.model)
     for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
         if before.get(key) != now.get(key):

@@ -88,7 +88,8 @@ class OptimConfig:
 class StepConfig:
     """What one step is, and what happens every so many of them."""
 
-    start: str | None = None  # model folder whose weights a new run begins with; none: random
+    start: str | None = None  # model folder whose weights a new run begins with, or "default", the
+    # shipped one; none: random
     steps: int = 1000  # optimiser steps; trainer.max_steps wins
     lanes: int = 8  # B
     sequence_len: int = 1024  # T, tokens that each lane reads per step
