@@ -138,10 +138,17 @@ class DataConfig:
     mqar: MQARConfig = field(default_factory=MQARConfig)
     paths: tuple[str, ...] = ()  # text: files or folders
     validation_paths: tuple[str, ...] = ()  # text: documents held out
+    validation_documents: int = 0  # text: in their place, so many of data.paths, the last ones
     workers: int = 0  # processes that make batches ahead of the model; 0: it waits for each
 
     def __post_init__(self) -> None:
         _require(0 <= self.workers <= 256, "workers", "from 0 to 256", self.workers)
+        held = self.validation_documents
+        _require(held >= 0, "validation_documents", "at least 0", held)
+        if held and self.validation_paths:
+            raise ValueError(
+                "validation_documents and validation_paths both hold documents out: give one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

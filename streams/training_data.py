@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,7 +18,7 @@ from wakesleep.streams.mqar import MQAR
 from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.training_batch import Answers, Batch
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_text import TextLanes, document_files
+from wakesleep.streams.training_text import TextLanes, document_files, open_texts
 
 ENDLESS = 1 << 40  # batches; Lightning needs a length, or it reads one batch ahead of the cursor
 HELD_OUT = 1 << 32  # added to the seed of generated validation batches
@@ -142,14 +143,8 @@ def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
             _check_vocabulary(config, task.tokenizer.vocab_size)
             return Tasks(task, step.lanes, step.segments_per_step)
         case "text":
-            if shared := set(document_files(data.paths)) & set(_held_out(config)):
-                raise ValueError(
-                    f"{min(shared)} is in data.paths and in data.validation_paths; "
-                    "leave it out of one"
-                )
-            paths = data.validation_paths if validation else data.paths
             sizes = (step.lanes, step.segment, step.segments_per_step)
-            lanes = TextLanes(paths, *sizes, seed, held_out=validation)
+            lanes = TextLanes(_texts(config, validation), *sizes, seed, held_out=validation)
             _check_vocabulary(config, lanes.highest_id + 1)
             return lanes
 
@@ -183,8 +178,28 @@ def _inside(answers: Answers, lanes: int, columns: int) -> Tensor:
     return steps.cumsum(1)[:, :-1].clamp(0, 1)
 
 
-def _held_out(config: TrainConfig) -> list[Path]:
-    return document_files(config.data.validation_paths) if config.train.validate_every else []
+def _texts(config: TrainConfig, validation: bool) -> list[np.ndarray]:
+    """The documents of data.paths, or those that are held out of training.
+
+    Raises:
+        ValueError: a file is in both, or nothing is left of either.
+    """
+    data, held = config.data, config.data.validation_documents
+    if held:
+        documents = open_texts(data.paths)
+        if held >= len(documents):
+            raise ValueError(
+                f"data.validation_documents={held} leaves nothing to train on: data.paths hold "
+                f"{len(documents)}"
+            )
+        return documents[-held:] if validation else documents[:-held]
+    if config.train.validate_every:
+        shared = set(document_files(data.paths)) & set(document_files(data.validation_paths))
+        if shared:
+            raise ValueError(
+                f"{min(shared)} is in data.paths and in data.validation_paths; leave it out of one"
+            )
+    return open_texts(data.validation_paths if validation else data.paths)
 
 
 def _check_vocabulary(config: TrainConfig, needed: int) -> None:

@@ -1,8 +1,9 @@
 """Text for training: every lane reads whole documents in order, one after the other, for ever.
 
-A document is a `.npy` file of token ids. Each pass over the documents deals them anew, shuffled, to
-the lanes that are least far. A document starts with a segment of its own and its last segment is
-short, so that a lane is reset between two calls of the model and nowhere else.
+A document is a `.npy` file of token ids, or a part of one that `scripts/build_corpus.py` wrote: the
+index beside it says where its documents are. Each pass over the documents deals them anew,
+shuffled, to the lanes that are least far. A document starts with a segment of its own and its last
+segment is short, so that a lane is reset between two calls of the model and nowhere else.
 
 Shapes: B lanes, K segments of S tokens, T = K * S.
 """
@@ -10,6 +11,7 @@ Shapes: B lanes, K segments of S tokens, T = K * S.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 
 from wakesleep.streams.id_files import map_ids
 from wakesleep.streams.training_batch import Answers, Batch
+from wakesleep.ttl.config_json import parse_json
 
 
 class TextLanes:
@@ -26,14 +29,14 @@ class TextLanes:
 
     def __init__(
         self,
-        paths: tuple[str, ...],
+        documents: Sequence[np.ndarray],
         lanes: int,
         segment: int,
         segments: int,
         seed: int,
         held_out: bool = False,
     ) -> None:
-        self.documents = [_open(path) for path in document_files(paths)]
+        self.documents = documents
         self.held_out = held_out  # then batches tell how long ago a target was last read
         self._since = [since_repeat(ids) for ids in self.documents] if held_out else []
         self.lanes, self.segment, self.segments, self.seed = lanes, segment, segments, seed
@@ -117,6 +120,15 @@ def since_repeat(ids: np.ndarray) -> np.ndarray:
     return since
 
 
+def open_texts(paths: tuple[str, ...]) -> list[np.ndarray]:
+    """The ids of every document in the files that `paths` name.
+
+    Raises:
+        ValueError: a file that holds none, or an index that does not fit it.
+    """
+    return [ids for path in document_files(paths) for ids in _parts(path)]
+
+
 def document_files(paths: tuple[str, ...]) -> list[Path]:
     """The files that `paths` name; of a folder, those that end in .npy.
 
@@ -129,6 +141,21 @@ def document_files(paths: tuple[str, ...]) -> list[Path]:
     if not found:
         raise ValueError(f"no documents: expected .npy files of token ids in {list(paths)}")
     return [path.resolve() for path in found]
+
+
+def _parts(path: Path) -> list[np.ndarray]:
+    ids, beside = _open(path), path.with_suffix(".json")
+    if not beside.is_file():
+        return [ids]
+    index = parse_json(beside.read_bytes(), str(beside))
+    try:
+        spans = [(part["start"], part["start"] + part["tokens"] + 1) for part in index["documents"]]
+        if not all(0 <= start < stop <= len(ids) for start, stop in spans):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        message = f"{beside} is no index of {path.name}; remove it or build both again"
+        raise ValueError(message) from None
+    return [ids[start:stop] for start, stop in spans if stop - start > 1]
 
 
 def _open(path: Path) -> np.ndarray:

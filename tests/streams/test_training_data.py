@@ -1,13 +1,18 @@
 """Batches say what is predicted where, and lanes read every document in order."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from wakesleep.streams.config import load_config
 from wakesleep.streams.mqar import MQAR, MQARConfig
-from wakesleep.streams.training_data import LaneLoader, Tasks
+from wakesleep.streams.training_config import TrainConfig
+from wakesleep.streams.training_data import LaneLoader, Tasks, open_source
 from wakesleep.streams.training_metrics import Means, add_answers, measured
-from wakesleep.streams.training_text import TextLanes
+from wakesleep.streams.training_text import TextLanes, open_texts
 
 
 def documents(folder, lengths):
@@ -15,6 +20,11 @@ def documents(folder, lengths):
     for number, length in enumerate(lengths):
         np.save(folder / f"{number}.npy", 1000 * number + np.arange(length))
     return (str(folder),)
+
+
+def text_lanes(folder, lengths):
+    texts = open_texts(documents(folder, lengths))
+    return TextLanes(texts, lanes=2, segment=8, segments=2, seed=0)
 
 
 def test_weights_and_answers_stand_where_their_tokens_are_predicted():
@@ -72,7 +82,7 @@ def test_stale_answers_are_a_share_of_the_overwritten_ones():
 
 def test_every_lane_reads_whole_documents_in_order(tmp_path):
     lengths = [40, 7, 33, 16, 64]
-    lanes = TextLanes(documents(tmp_path, lengths), lanes=2, segment=8, segments=2, seed=0)
+    lanes = text_lanes(tmp_path, lengths)
     read: list[list[list[int]]] = [[], []]
     for number in range(30):
         batch = lanes.batch(number)
@@ -93,7 +103,7 @@ def test_every_lane_reads_whole_documents_in_order(tmp_path):
         assert document == list(range(1000 * number, 1000 * number + lengths[number]))
     first_pass = sorted(d[0] // 1000 for lane in read for d in lane)
     assert set(first_pass) == set(range(5)) and len(whole) > 10
-    again = TextLanes(documents(tmp_path, lengths), lanes=2, segment=8, segments=2, seed=0)
+    again = text_lanes(tmp_path, lengths)
     assert torch.equal(again.batch(29).tokens, batch.tokens)  # without the batches before it
 
 
@@ -109,12 +119,12 @@ def test_the_loader_says_where_it_is():
 
 def test_files_that_are_no_documents_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no documents"):
-        TextLanes((str(tmp_path),), 1, 8, 1, 0)
+        open_texts((str(tmp_path),))
     np.save(tmp_path / "a.npy", np.zeros((2, 2)))
     with pytest.raises(ValueError, match=r"a\.npy: expected a row .* got float64 \(2, 2\)"):
-        TextLanes((str(tmp_path),), 1, 8, 1, 0)
+        open_texts((str(tmp_path),))
     with pytest.raises(ValueError, match="no such file"):
-        TextLanes((str(tmp_path / "b.npy"),), 1, 8, 1, 0)
+        open_texts((str(tmp_path / "b.npy"),))
 
 
 def test_answers_about_nothing_recall_nothing():
@@ -133,3 +143,36 @@ def test_answers_about_nothing_recall_nothing():
     batch = Tasks(Task(), 1, 1).batch(0)
     assert batch.asked.tolist() == [[0, 0, 1, 1, 0, 1, 1, 0]]
     assert batch.recalled.tolist() == [[0, 0, 1, 1, 0, 0, 0, 0]]
+
+
+def test_a_corpus_with_an_index_is_read_as_its_documents(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(20))
+    parts = [{"name": "x", "start": 0, "tokens": 7}, {"name": "y", "start": 8, "tokens": 11}]
+    parts.append({"name": "empty", "start": 19, "tokens": 0})
+    (tmp_path / "a.json").write_text(json.dumps({"documents": parts}))
+    assert [part.tolist() for part in open_texts((str(tmp_path),))] == [
+        list(range(8)),
+        list(range(8, 20)),
+    ]
+    for broken in ({}, {"documents": [{"start": 10, "tokens": 10}]}, {"documents": 3}):
+        (tmp_path / "a.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=r"a\.json is no index of a\.npy"):
+            open_texts((str(tmp_path),))
+
+
+def test_documents_may_be_held_out_by_their_number(tmp_path):
+    layer = {
+        "data": {"kind": "text", "paths": documents(tmp_path, (40, 50, 60))},
+        "train": {"lanes": 1, "sequence_len": 64, "validate_every": 1},
+        "model": {"vocab_size": 4096},
+    }
+    config = load_config(TrainConfig, overrides=layer)[0]
+    held = dataclasses.replace(config.data, validation_documents=1)
+    config = dataclasses.replace(config, data=held)
+    assert [len(ids) for ids in open_source(config).documents] == [40, 50]
+    assert [len(ids) for ids in open_source(config, validation=True).documents] == [60]
+    none_left = dataclasses.replace(held, validation_documents=3)
+    with pytest.raises(ValueError, match="validation_documents=3 leaves nothing to train on"):
+        open_source(dataclasses.replace(config, data=none_left))
+    with pytest.raises(ValueError, match="give one"):
+        dataclasses.replace(held, validation_paths=("a",))
