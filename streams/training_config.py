@@ -186,8 +186,6 @@ class TrainConfig:
                 "admission.* draws a new store for every document of a generated task; "
                 "with data.kind=text the store is carried on: leave admission.* out"
             )
-        if self.data.kind == "text" and not self.data.paths:
-            raise ValueError("data.kind=text needs data.paths=[FILE or FOLDER, ...]")
 
     @property
     def accumulate(self) -> int:

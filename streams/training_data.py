@@ -185,6 +185,8 @@ def _texts(config: TrainConfig, validation: bool) -> list[np.ndarray]:
         ValueError: a file is in both, or nothing is left of either.
     """
     data, held = config.data, config.data.validation_documents
+    if not data.paths:
+        raise ValueError("data.kind=text needs data.paths=[FILE or FOLDER, ...]")
     if held:
         documents = open_texts(data.paths)
         if held >= len(documents):
