@@ -69,7 +69,7 @@ def test_train_hands_over_the_merged_settings(training, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--print-config", "seed: 3 "), ("--dry-run", "3,000 steps of 2.05k tokens")],
+    [("--print-config", "seed: 3 "), ("--dry-run", "2,000 steps of 8.19k tokens")],
 )
 def test_looking_at_the_settings_trains_nothing(training, capsys, flag, words):
     training(lambda *_, **__: pytest.fail("it trained"))
