@@ -238,12 +238,14 @@ class WindowAttention(nn.Module):
             reader = BufferReader(*of, self._front + W + C) if fast else PieceReader(*of)
         again = given.recompute and not fast
         read_chunk = recomputed(self._read_chunk) if again else self._read_chunk
-        values, score = [], frame.score
+        shown = _overlapping(k, v, W + C, C, cut=not fast)
+        leaving = [t.split(C, 1) for t in (frame.k, frame.v)]
+        values, score, queries = [], frame.score, q.split(C, 2)
         for n in range(N):
             at = slice(n * C, n * C + W + C)  # what the window shows during chunk n
             here = slice(n * C, (n + 1) * C)
             blind = None if given.blind is None else given.blind[:, here]
-            parts = (q[:, :, here], k[:, :, at], v[:, :, at], frame.live[:, at], blind)
+            parts = (queries[n], *shown[n], frame.live[:, at], blind)
             seen = copy(reader) if again else reader  # as it is now, for the second time
             y, p = read_chunk(*parts, seen, page, n)
             values.append(y)
@@ -253,7 +255,8 @@ class WindowAttention(nn.Module):
                 mass = torch.einsum("bhcl,bc->bhl", p, weight[:, here].float())
                 score = self._count_mass(mass, score, at, reader)
             if reader is not None and bool((grid.closed > n).any()):
-                new = self._candidates(frame._replace(score=score), n, grid, given)
+                gone = (*(t[n] for t in leaving), score[:, n * C : (n + 1) * C])
+                new = self._candidates(gone, frame.live, n, grid, given)
                 reader.admit(new, grid.position + (n + 1) * C, C)
         values = torch.cat(values, 2).transpose(1, 2).flatten(2)
         return values, frame._replace(score=score), reader.state if reader else None
@@ -275,10 +278,10 @@ class WindowAttention(nn.Module):
         return torch.where(seen[:, None], bias, bias.new_full((), -torch.inf))
 
     def _read_chunk(self, q, k, v, live, blind, reader, page: PageView | None, n: int):
-        """Read chunk n: q [B, H, C, R + K] against front, window and store."""
+        """Read chunk n: q [B, H, C, R + K] against front, window (in pieces) and store."""
         C = q.shape[2]
-        keys, values = self._front_pairs(k, v, page)
-        keys, values = [*keys, k], [*values, v]
+        keys, values = self._front_pairs(k[0], v[0], page)
+        keys, values = [*keys, *k], [*values, *v]
         seen, shown = live.cumsum(1)[:, -C:], live[:, None]  # [B, C] keys up to each query
         if blind is not None:
             own = torch.eye(C, dtype=torch.bool, device=q.device)
@@ -302,7 +305,7 @@ class WindowAttention(nn.Module):
             logits = reader.logits(q, keys)
         else:
             logits = torch.matmul(q, torch.cat(keys, 2).transpose(2, 3))
-        causal_at = self._front + k.shape[2] - C
+        causal_at = self._front + live.shape[1] - C
         bias = _bias(self._front, shown, reader if stored else None, paged, q)
         return softmax_read(logits, values, self.sink, causal_at, bias)
 
@@ -331,19 +334,38 @@ class WindowAttention(nn.Module):
         window = mass[..., first:end].transpose(1, 2)
         return torch.cat([score[:, : at.start], score[:, at] + window, score[:, at.stop :]], 1)
 
-    def _candidates(self, frame: WindowState, n: int, grid: Grid, given: AttentionInput):
-        """The chunk that leaves the window when chunk n is complete, as C places of a store."""
+    def _candidates(self, gone, live: Tensor, n: int, grid: Grid, given: AttentionInput):
+        """What leaves the window when chunk n is complete, as C places of a store.
+
+        Args:
+            gone: keys, values and scores of its slots, [B, C, H, ...].
+            live: [B, W + G] of all slots.
+        """
         C = self.chunk
-        W = frame.live.shape[1] - grid.num_chunks * C
+        W = live.shape[1] - grid.num_chunks * C
         at = slice(n * C, (n + 1) * C)
-        offset = torch.arange(at.start, at.stop, device=frame.k.device) - W
+        offset = torch.arange(at.start, at.stop, device=live.device) - W
         position = grid.position[:, None] + offset
         # ids of the spans, none from beyond the boundary: they would depend on the cut
         known = given.ids[:, at.start + SPAN_AFTER + 1 : SPAN + at.start + W + C]
         known = nn.functional.pad(known, (0, C + SPAN - 1), value=-1)[:, : C + SPAN - 1]
-        enters = frame.live[:, at] & (position >= 0) & (grid.closed > n)[:, None]
-        leaving = (t[:, at] for t in (frame.k, frame.v, frame.score))
-        return candidates(*leaving, enters, position, known)
+        enters = live[:, at] & (position >= 0) & (grid.closed > n)[:, None]
+        return candidates(*gone, enters, position, known)
+
+
+def _overlapping(k: Tensor, v: Tensor, length: int, C: int, cut: bool) -> list:
+    """What the window shows during each chunk: keys and values [B, H, ., K], each in pieces.
+
+    Args:
+        length: slots that it shows, of those of k and v from every multiple of C on.
+        cut: into pieces of C slots. The gradient of one slice of k for each chunk would be as
+            large as all of k, for each.
+    """
+    starts = range(0, k.shape[2] - length + 1, C)
+    if not cut:
+        return [((k[:, :, n : n + length],), (v[:, :, n : n + length],)) for n in starts]
+    pieces = k.split(C, 2), v.split(C, 2)
+    return [tuple(x[n // C : (n + length) // C] for x in pieces) for n in starts]
 
 
 def _bias(front: int, shown: Tensor, reader, paged: Tensor | None, q: Tensor):

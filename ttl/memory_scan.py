@@ -11,7 +11,8 @@ Shapes: N chunks, B lanes, H heads, X = B * H, C chunk, K head width.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from itertools import repeat
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from wakesleep.ttl.recompute import recomputed
 HORIZON = 4096  # tokens over which the running mean of surprise forgets
 
 Memory = MatrixMemory | MLPMemory | DeltaMemory
+Part = TypeVar("Part", bound=tuple)
 
 
 class Chunks(NamedTuple):
@@ -70,16 +72,23 @@ def scan(
         mean: [B, 2], see `Scan`; it moves at closed chunks if the threshold needs it.
         recompute: keep the stacks between chunks, and do the rest again in the backward pass.
     """
-    plans = None if threshold > 0 else _plan_all(memory, chunks)
+    N = chunks.k.shape[0]
+    plans = [None] * N if threshold > 0 else _apart(_plan_all(memory, chunks))
     step = recomputed(_step) if recompute else _step
     steps = []
-    for n in range(chunks.k.shape[0]):
-        steps.append(step(memory, stacks, chunks, plans, n, mean, threshold))
+    for chunk, plan in zip(_apart(chunks), plans, strict=True):
+        steps.append(step(memory, stacks, chunk, plan, mean, threshold))
         stacks, mean = steps[-1].stacks, steps[-1].mean
     y = None if chunks.q is None else torch.stack([step.y for step in steps])
     surprise = torch.stack([step.surprise for step in steps])
     written = torch.stack([step.written for step in steps])
     return Scan(y, stacks, surprise, written, mean)
+
+
+def _apart(parts: Part) -> list[Part]:
+    """One tuple for each chunk. The gradient of each `part[n]` would be as large as all of them."""
+    columns = [repeat(None) if part is None else part.unbind(0) for part in parts]
+    return [type(parts)(*row) for row in zip(*columns, strict=False)]
 
 
 def _plan_all(memory: Memory, chunks: Chunks) -> Plan:
@@ -94,25 +103,22 @@ def _plan_all(memory: Memory, chunks: Chunks) -> Plan:
 def _step(
     memory: Memory,
     stacks: Stacks,
-    chunks: Chunks,
-    plans: Plan | None,
-    n: int,
+    chunk: Chunks,
+    plan: Plan | None,
     mean: Tensor,
     threshold: float,
 ) -> Scan:
-    """Chunk n alone; plans [N, X, ...] of all chunks, or None if a surprise gate decides."""
-    k, live = chunks.k[n], chunks.live[n]
+    """One chunk, its fields without N; its plan, or None if a surprise gate decides."""
+    k, written = chunk.k, chunk.live
     weights = memory.weights(stacks)
-    errors, norm = memory.errors(weights, k, chunks.v[n])
-    heads = k.shape[0] // live.shape[0]
-    surprise = (chunks.step[n] * norm).detach() * live.repeat_interleave(heads, 0)
-    if plans is None:
-        written = _select(surprise, live, mean, threshold)
-        mean = _update_mean(mean, surprise, live, chunks.closed[n])
-        k, errors, plan = _pack(memory, chunks, n, errors, written)
-    else:
-        written, plan = live, Plan(*(part[n] for part in plans))
-    y, stacks = _chunk(memory, stacks, weights, chunks, n, k, errors, plan)
+    errors, norm = memory.errors(weights, k, chunk.v)
+    heads = k.shape[0] // written.shape[0]
+    surprise = (chunk.step * norm).detach() * written.repeat_interleave(heads, 0)
+    if plan is None:
+        written = _select(surprise, chunk.live, mean, threshold)
+        mean = _update_mean(mean, surprise, chunk.live, chunk.closed)
+        k, errors, plan = _pack(memory, chunk, errors, written)
+    y, stacks = _chunk(memory, stacks, weights, chunk, k, errors, plan)
     return Scan(y, stacks, surprise, written, mean)
 
 
@@ -120,17 +126,16 @@ def _chunk(
     memory: Memory,
     stacks: Stacks,
     weights: Weights,
-    chunks: Chunks,
-    n: int,
+    chunk: Chunks,
     k: Tensor,
     errors: NamedTuple,
     plan: Plan | None,
 ) -> tuple[Tensor | None, Stacks]:
-    """Reads of chunk n and the stacks after it."""
-    q = None if chunks.q is None else chunks.q[n]
+    """Reads of a chunk and the stacks after it."""
+    q = chunk.q
     if plan is None:  # nothing to be written
         return None if q is None else memory.apply(weights, q), stacks
-    closed = chunks.closed[n]
+    closed = chunk.closed
     advances = bool(closed.any())
     if q is None and not advances:
         return None, stacks
@@ -167,25 +172,25 @@ def _over_heads(surprise: Tensor, live: Tensor) -> Tensor:
 
 
 def _pack(
-    memory: Memory, chunks: Chunks, n: int, errors: NamedTuple, written: Tensor
+    memory: Memory, chunk: Chunks, errors: NamedTuple, written: Tensor
 ) -> tuple[Tensor, NamedTuple, Plan | None]:
     """Keys, errors and plan of the written tokens alone, in their order; no plan if there are none.
 
     Lanes that write fewer tokens than the fullest one are filled up with unwritten ones.
     """
-    k = chunks.k[n]
+    k = chunk.k
     width = int(written.sum(1).max())
     if width == 0:
         return k, errors, None
     heads = k.shape[0] // written.shape[0]
     order = torch.argsort((~written).to(torch.uint8), dim=1, stable=True)[:, :width]
     index = order.repeat_interleave(heads, 0)
-    eta = None if chunks.eta is None else take_rows(chunks.eta[n], index)
+    eta = None if chunk.eta is None else take_rows(chunk.eta, index)
     plan = memory.plan(
         take_rows(k, index),
-        take_rows(chunks.keep[n], index),
+        take_rows(chunk.keep, index),
         eta,
-        take_rows(chunks.step[n], index),
+        take_rows(chunk.step, index),
         take_rows(written.repeat_interleave(heads, 0), index),
     )
     plan = read_rows(plan, written.cumsum(1).repeat_interleave(heads, 0))

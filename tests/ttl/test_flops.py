@@ -140,9 +140,9 @@ def test_with_a_surprise_gate_the_written_tokens_count(monkeypatch, kind, thresh
     gate = {"kind": kind, "gate_threshold": threshold, "page": page}
     config, written, pack = make(gate, combine=combine), [], memory_scan._pack
 
-    def spy(memory, chunks, n, errors, chosen):
+    def spy(memory, chunk, errors, chosen):
         written.append(int(chosen.sum()))
-        return pack(memory, chunks, n, errors, chosen)
+        return pack(memory, chunk, errors, chosen)
 
     model = TTLModel(config)
     monkeypatch.setattr(memory_scan, "_pack", spy)
