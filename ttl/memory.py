@@ -33,6 +33,7 @@ from wakesleep.ttl.state import MemoryState
 NORM_EPS = 1e-6
 GAMMA_INIT = 0.5  # about the RMS of values at the start
 GATE_STD = 0.02  # of the gates' weights at the start; their biases decide
+ALIKE = 0.9  # share of a key's projection that is the query's, at the start
 OUTPUT_GATE_INIT = 0.1  # small, not zero: the block starts nearly without its memory, yet learns
 
 
@@ -118,14 +119,35 @@ class NeuralMemory(nn.Module):
         self.out = nn.Linear(inner, dim, bias=False)
         self._init_parameters()
 
+    @torch.no_grad()
     def _init_parameters(self) -> None:
+        """Start near a copy of what followed, as the window does.
+
+        Queries and keys of equal tokens are alike, the output undoes the values' projection, and
+        keys are those of the tokens before: what a head gives back for the last tokens is what came
+        behind them before. The first head compares one token, the next two, and so on as far as
+        the convolution reaches. Nothing of it is fixed.
+        """
+        inner = self.out.in_features
         nn.init.normal_(self.qkv.weight, std=self.qkv.in_features**-0.5)
-        nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
+        q, k, v = self.qkv.weight.split(inner)
+        k.mul_((1 - ALIKE**2) ** 0.5).add_(q, alpha=ALIKE)
+        self.out.weight.copy_(v.T)
         nn.init.normal_(self.gates.weight, std=GATE_STD)
         starts = [OUTPUT_GATE_INIT, self.config.keep_init, 0.5, 0.5][: 2 + self.config.levels]
-        with torch.no_grad():
-            self.taps[:, -1] += 1.0  # starts as the identity
-            self.gates.bias.copy_(torch.tensor(starts).logit().repeat_interleave(self.num_heads))
+        self.gates.bias.copy_(torch.tensor(starts).logit().repeat_interleave(self.num_heads))
+        *queries, keys, values = self.taps.split(inner)
+        values[:, -1] += 1.0  # the identity
+        longest = self.config.taps - 1 if queries else 1  # without taps, queries are of one token
+        for head in range(self.num_heads):
+            rows = slice(head * self.head_dim, (head + 1) * self.head_dim)
+            count = max(1, min(head + 1, longest))
+            if self.config.taps == 1:
+                keys[rows] += 1.0
+            else:
+                keys[rows, -1 - count : -1] += count**-0.5
+            for taps in queries:
+                taps[rows, -count:] += count**-0.5
 
     @property
     def dtype(self) -> torch.dtype:

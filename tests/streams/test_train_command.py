@@ -69,7 +69,7 @@ def test_train_hands_over_the_merged_settings(training, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--print-config", "seed: 3 "), ("--dry-run", "2,000 steps of 8.19k tokens")],
+    [("--print-config", "seed: 3 "), ("--dry-run", "1,000 steps of 8.19k tokens")],
 )
 def test_looking_at_the_settings_trains_nothing(training, capsys, flag, words):
     training(lambda *_, **__: pytest.fail("it trained"))
@@ -113,6 +113,12 @@ def test_whatever_cannot_be_is_refused_in_three_lines(capsys, monkeypatch):
             out, err = capsys.readouterr()
             assert out == "" and len(err.splitlines()) <= 3 and os.listdir() == []
             assert "pickle" not in err
+
+
+def test_the_shipped_model_may_be_the_start(capsys):
+    words = ["train", "tiny.yaml", "train.start=default", "--output", "out", "--dry-run"]
+    assert cli.main(words) == 2
+    assert "model.chunk is 64 there and 8 here" in capsys.readouterr().err
 
 
 def test_quiet_says_nothing_of_the_steps(capsys):
