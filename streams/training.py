@@ -365,19 +365,22 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[st
 def _start_from(model: TTLModel, config: TrainConfig) -> None:
     """Take the weights of a model folder; optimiser and data begin afresh.
 
-    The window and the store's capacity may be other ones: no weight depends on them.
+    The window and the store's capacity may be other ones: no weight depends on them. Layers
+    may lack the memory or the store that they have there: a twin without a part.
     """
     shipped = config.train.start == "default"
     found = load_model(DEFAULT if shipped else config.train.start)
     before, now = flat(found.config), flat(config.model)
     for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
-        if before.get(key) != now.get(key):
+        fewer = key in ("memory_layers", "store_layers") and set(now[key]) <= set(before[key])
+        if before.get(key) != now.get(key) and not fewer:
             raise Refused(
                 f"model.{key} is {before.get(key)} there and {now.get(key)} here",
                 f"train.start={config.train.start}",
                 "Start from a model of the same config.",
             )
-    model.load_state_dict(found.state_dict())
+    there = found.state_dict()
+    model.load_state_dict({name: there[name] for name in model.state_dict()})
 
 
 def _finite(x: Tensor | None) -> bool:

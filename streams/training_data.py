@@ -135,7 +135,7 @@ def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
     seed = config.seed + (HELD_OUT if validation else 0)
     match data.kind:
         case "mqar":
-            task = MQAR(data.mqar, step.sequence_len, seed, validation=validation)
+            task = MQAR(data.mqar, step.sequence_len, seed)
             _check_vocabulary(config, data.mqar.vocab_size)
             return Tasks(task, step.lanes, step.segments_per_step)
         case "mixture":

@@ -54,37 +54,6 @@ def test_the_latest_value_of_an_overwritten_key_counts():
         MQARConfig(pairs=6, queries=6, overwritten=7, vocab_size=40)
 
 
-def test_easy_stages_are_short_tasks_one_behind_the_other():
-    config = MQARConfig(
-        pairs=8,
-        queries=8,
-        overwritten=4,
-        vocab_size=40,
-        stage_tokens=(3 * 50, 6 * 50),
-        easy_pairs=(2, 3),
-    )
-    task = MQAR(config, 50, seed=0)
-    for step, (pairs, episodes) in enumerate([(2, 4), (3, 2), (8, 1)]):
-        batch = task.batch(step, lanes=3)
-        assert batch["tokens"].shape == (3, 50)
-        assert len(batch["answer_lane"]) == 3 * episodes * pairs == batch["weight"].sum()
-        for lane, start, age in zip(
-            *(batch[f"answer_{name}"] for name in ("lane", "start", "age")), strict=True
-        ):
-            row = batch["tokens"][lane]
-            at = [i for i in range(start - 1) if row[i] == row[start - 1]]
-            assert row[start] == row[at[-1] + 1] and age == start - 1 - at[-1]
-            assert at[-1] // (50 // episodes) == start // (50 // episodes)
-            assert len(at) in (1, 2) and batch["fact"][lane, at[-1] + 1]
-    assert len(MQAR(config, 50, 0, validation=True).batch(0, 3)["answer_lane"]) == 3 * 8
-    with pytest.raises(
-        ValueError, match="easy_pairs must have one number for each of the 1 stages"
-    ):
-        MQARConfig(stage_tokens=(5,))
-    with pytest.raises(ValueError, match="easy_pairs must be from 1 to pairs=64"):
-        MQARConfig(stage_tokens=(5,), easy_pairs=(65,))
-
-
 def test_a_batch_depends_on_its_number_and_the_seed_alone():
     config = MQARConfig(pairs=6, queries=6, vocab_size=40)
     same = [MQAR(config, 32, 0).batch(5, 2)["tokens"] for _ in range(2)]

@@ -12,8 +12,9 @@ import torch
 from wakesleep.streams.config import load_config, to_yaml
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.ranks import Ranks
-from wakesleep.streams.training import StreamModule, train
+from wakesleep.streams.training import StreamModule, prepare, train
 from wakesleep.streams.training_config import OptimConfig, TrainConfig
+from wakesleep.ttl.model_io import load_model
 
 CLOSE = {"rtol": 0, "atol": 2e-6}  # float32: sums over lanes are taken in another order
 MODEL = {
@@ -125,6 +126,23 @@ def test_a_run_made_longer_goes_on_at_the_rate_of_its_new_length(tmp_path, monke
     one(layer, tmp_path / "run", resume=True)
     optim = OptimConfig(warmup=1)
     assert rates == pytest.approx([optim.lr * optim.rate(step, 6) for step in (3, 4, 5)])
+
+
+def test_a_twin_without_parts_starts_with_the_weights_of_the_rest(tmp_path):
+    layer = recall(tmp_path)
+    one({**layer, "trainer": {"max_steps": 1}}, tmp_path / "full")
+    start = {"train": {**STEP, "start": str(tmp_path / "full" / "last")}}
+    bare = {**layer, **start, "model": {**MODEL, "memory_layers": [], "store_layers": []}}
+    config = load_config(TrainConfig, overrides={**bare, "admission": {}})[0]
+    twin = prepare(config, tmp_path / "twin").module.model.state_dict()
+    full = load_model(tmp_path / "full" / "last").state_dict()
+    assert len(twin) < len(full)
+    for name, weight in twin.items():
+        assert weight.equal(full[name])
+    both = {**layer, **start, "model": {**MODEL, "memory_layers": [0, 1]}}
+    more = load_config(TrainConfig, overrides=both)[0]
+    with pytest.raises(Refused, match="memory_layers"):
+        prepare(more, tmp_path / "more")
 
 
 def test_lanes_are_dealt_without_overlap():
