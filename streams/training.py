@@ -366,21 +366,23 @@ def _start_from(model: TTLModel, config: TrainConfig) -> None:
     """Take the weights of a model folder; optimiser and data begin afresh.
 
     The window and the store's capacity may be other ones: no weight depends on them. Layers
-    may lack the memory or the store that they have there: a twin without a part.
+    may lack the memory or the store that they have there: a twin without a part. They may have
+    fast weights that they lack there: these begin closed, so that the function is the same.
     """
     shipped = config.train.start == "default"
     found = load_model(DEFAULT if shipped else config.train.start)
     before, now = flat(found.config), flat(config.model)
     for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
         fewer = key in ("memory_layers", "store_layers") and set(now[key]) <= set(before[key])
-        if before.get(key) != now.get(key) and not fewer:
+        closed = key == "fast.lam" or (key == "fast_layers" and not before[key])
+        if before.get(key) != now.get(key) and not fewer and not closed:
             raise Refused(
                 f"model.{key} is {before.get(key)} there and {now.get(key)} here",
                 f"train.start={config.train.start}",
                 "Start from a model of the same config.",
             )
     there = found.state_dict()
-    model.load_state_dict({name: there[name] for name in model.state_dict()})
+    model.load_state_dict({name: there.get(name, own) for name, own in model.state_dict().items()})
 
 
 def _finite(x: Tensor | None) -> bool:

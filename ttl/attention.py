@@ -32,9 +32,10 @@ from wakesleep.kernels.softmax_read import (
     widen_query,
     widen_window_key,
 )
+from wakesleep.ttl.fast import FastConfig, FastWeights
 from wakesleep.ttl.grid import Grid, carry, gather, scatter
 from wakesleep.ttl.recompute import recomputed
-from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, WindowState
+from wakesleep.ttl.state import SPAN, SPAN_AFTER, FastState, StoreState, WindowState
 from wakesleep.ttl.store import ExactStore, StoreConfig, candidates, z_scores
 from wakesleep.ttl.store_reader import BufferReader, PieceReader
 
@@ -75,12 +76,14 @@ class WindowAttention(nn.Module):
         chunk: int,
         num_persistent: int,
         store: StoreConfig | None,
+        fast: FastConfig | None = None,
         page: int = 0,
     ) -> None:
         """Build it.
 
         Args:
             num_persistent: learned pairs that every query sees (Titans section 3.3).
+            fast: of fast weights that are read with the same queries; None = there are none.
             page: tokens of a page of MAC; 0 = no such group of keys.
         """
         super().__init__()
@@ -100,6 +103,7 @@ class WindowAttention(nn.Module):
         self.page_bias = nn.Parameter(torch.zeros(num_heads)) if page else None
         self.out = nn.Linear(inner, dim, bias=False)
         self.store = ExactStore(store, dim, num_heads, head_dim) if store else None
+        self.fast = FastWeights(fast, num_heads, head_dim) if fast else None
         self._init_parameters()
 
     @torch.no_grad()
@@ -147,10 +151,12 @@ class WindowAttention(nn.Module):
         given: AttentionInput,
         surprise: Tensor | None = None,
         page: PageView | None = None,
+        fast: FastState | None = None,
     ) -> tuple[Tensor, WindowState, StoreState | None]:
         """Read x [B, T, D]; returns values [B, T, D] and the next states.
 
         Args:
+            fast: what sleep has written, for a layer with fast weights; it is not changed.
             surprise: [B, H, T] write strength of the block's memory, for the scores that need it.
             page: the open page, this call's tokens included; no lane may go beyond it.
         """
@@ -170,10 +176,12 @@ class WindowAttention(nn.Module):
         if blind is not None:
             blind = scatter(grid, blind, torch.zeros_like(blind[:, :1]).expand(-1, C))
         given = given._replace(blind=blind)
+        asleep = None if self.fast is None else self.fast.read(q, fast).flatten(2)
         q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
         values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page)
         state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)
-        return self.out(gather(grid, values, x.shape[1])), state, store
+        y = gather(grid, values, x.shape[1])
+        return self.out(y if asleep is None else y + asleep), state, store
 
     def context(self, h: Tensor) -> Tensor:
         """Keys and values [B, T, 2, H, K] of what a memory gave back, h [B, T, D]."""

@@ -72,7 +72,9 @@ class Block(nn.Module):
     def _mix(self, x: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
         """What attention and memory add to x; also the next state, surprise and written."""
         if self.memory is None:
-            a, window, store = self.attention(self.norm(x), state.window, state.store, grid, given)
+            a, window, store = self.attention(
+                self.norm(x), state.window, state.store, grid, given, fast=state.fast
+            )
             return x + a, state._replace(window=window, store=store), None, None
         match self.combine:
             case "mag":
@@ -87,7 +89,7 @@ class Block(nn.Module):
             case "mac":
                 return self._mix_pages(x, state, grid, given)
         a, window, store = self.attention(
-            read, state.window, state.store, grid, given, wrote.per_head
+            read, state.window, state.store, grid, given, wrote.per_head, fast=state.fast
         )
         state = state._replace(window=window, store=store, memory=memory)
         return x + a, state, wrote.surprise, wrote.written
@@ -113,7 +115,7 @@ class Block(nn.Module):
         live = scatter(pages, given.live, memory.live)
         view = PageView(kv, live, piece.chunks.position % pages.chunk)
         y, window, store = self.attention(
-            h, state.window, state.store, piece.chunks, given, page=view
+            h, state.window, state.store, piece.chunks, given, page=view, fast=state.fast
         )
         gate = 2 * self.memory.read(y, memory).sigmoid()  # 1 for a memory with nothing to say
         memory, wrote = self.memory.append(y, memory, pages, given.live, given.recompute)

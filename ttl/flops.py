@@ -83,6 +83,8 @@ def segment_flops(
             if c.store.score == "learned":
                 hidden = c.store.hidden * (c.dim + c.num_heads)
                 parts.append(PartCost("admission", layer, 2 * tokens * hidden))
+        if layer in c.fast_layers:
+            parts.append(PartCost("fast weights", layer, 2 * tokens * inner * c.head_dim))
         if layer in c.memory_layers:
             cost = _pages if paged else _memory
             adds, solve = cost(c, position, num_tokens, written)
@@ -159,6 +161,8 @@ def state_bytes(
             if c.combine == "mac":
                 memory += c.memory.page * H * pair
             parts.append(PartBytes("memory", layer, batch * memory))
+        if layer in c.fast_layers:
+            parts.append(PartBytes("fast weights", layer, batch * H * 2 * c.head_dim**2 * 4))
     ids = SPAN + W + c.chunk
     parts.append(PartBytes("ids and counters", None, batch * 8 * (ids + 3)))
     return parts

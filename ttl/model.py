@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wakesleep.ttl.attention import AttentionInput, WindowAttention
 from wakesleep.ttl.block import Block
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.grid import carry, make_grid, scatter
 from wakesleep.ttl.memory import MemoryConfig, NeuralMemory
 from wakesleep.ttl.state import (
@@ -42,9 +43,11 @@ class ModelConfig:
     combine: Literal["mac", "mag", "mal"] = "mag"
     memory_layers: tuple[int, ...] = (1,)  # layers with a neural memory
     store_layers: tuple[int, ...] = (2,)  # layers with an exact store
+    fast_layers: tuple[int, ...] = ()  # layers with fast weights for sleep to write
     num_persistent: int = 0  # learned pairs that every query sees
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    fast: FastConfig = field(default_factory=FastConfig)
 
     def __post_init__(self) -> None:
         limits = {
@@ -64,7 +67,7 @@ class ModelConfig:
                     f"{name} must be between {low} and {high}, got {getattr(self, name)}"
                 )
         _check_window(self.window, self.chunk)
-        for name in ("memory_layers", "store_layers"):
+        for name in ("memory_layers", "store_layers", "fast_layers"):
             for layer in getattr(self, name):
                 if not 0 <= layer < self.num_layers:
                     raise ValueError(f"{name} counts from 0 to {self.num_layers - 1}, got {layer}")
@@ -120,7 +123,8 @@ class TTLModel(nn.Module):
         heads = (c.dim, c.num_heads, c.head_dim, c.chunk)
         memory = NeuralMemory(c.memory, *heads) if index in c.memory_layers else None
         page = memory.open_slots if memory is not None and c.combine == "mac" else 0
-        attention = WindowAttention(*heads, c.num_persistent, store, page)
+        fast = c.fast if index in c.fast_layers else None
+        attention = WindowAttention(*heads, c.num_persistent, store, fast, page)
         return Block(c.dim, c.mlp_dim, c.combine, attention, memory)
 
     def init_state(
@@ -142,13 +146,15 @@ class TTLModel(nn.Module):
         _check_window(window, c.chunk)
         weight = self.embedding.weight
         long = {"dtype": torch.int64, "device": weight.device}
-        fast = torch.zeros(batch, 0, c.head_dim, c.head_dim, device=weight.device)
+        none = torch.zeros(batch, 0, c.head_dim, c.head_dim, device=weight.device)
         blocks = []
         for block in self.blocks:
             seen = block.attention.init_state(batch, window, capacity)
             memory = block.memory.init_state(batch) if block.memory is not None else None
             page = weight.new_zeros(batch, block.attention.page, 2, c.num_heads, c.head_dim)
-            blocks.append(BlockState(*seen, memory, FastState(fast, fast.clone()), page))
+            fast = block.attention.fast
+            fast = fast.init_state(batch) if fast is not None else FastState(none, none.clone())
+            blocks.append(BlockState(*seen, memory, fast, page))
         nothing = torch.zeros(batch, 0, **long)
         return StreamState(
             blocks=tuple(blocks),
@@ -292,10 +298,11 @@ class TTLModel(nn.Module):
             raise ValueError(f"the state has {layers} layers and the model {len(self.blocks)}")
         for index, (block, part) in enumerate(zip(self.blocks, state.blocks, strict=True)):
             foreign = part.store is not None and block.attention.store is None
-            if foreign or (block.memory is None) != (part.memory is None):
+            asleep = (block.attention.fast is None) != (part.fast.s.shape[1] == 0)
+            if foreign or asleep or (block.memory is None) != (part.memory is None):
                 raise ValueError(
-                    f"layer {index} of the state has another memory or store than the model; "
-                    "start from this model's init_state"
+                    f"layer {index} of the state has another memory, store or fast weights than "
+                    "the model; start from this model's init_state"
                 )
             memory = block.memory
             other = memory is not None and part.memory.k.shape[1] != memory.open_slots

@@ -60,8 +60,8 @@ class MemoryState(NamedTuple):
 class FastState(NamedTuple):
     """Fast weights that are read awake and written asleep; zero heads in a model without them."""
 
-    s: Tensor  # [B, H or 0, K, K] float32
-    covariance: Tensor  # [B, H or 0, K, K] float32
+    s: Tensor  # [B, H or 0, K, K] float32, a key of length 1 times s is its value
+    covariance: Tensor  # [B, H or 0, K, K] float32, sum of k k^T over the keys written so far
 
 
 class BlockState(NamedTuple):

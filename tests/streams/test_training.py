@@ -469,9 +469,10 @@ def test_a_run_may_start_from_a_trained_model(tmp_path):
     train(task(train=start, optim=still), tmp_path / "second")
     for name, weight in load_model(tmp_path / "second" / "last").state_dict().items():
         assert torch.equal(weight, trained[name]), name
-    sizes = {**MODEL, "window": 24, "store": {"capacity": 24, "hidden": 8}}
-    train(task(train=start, optim=still, model=sizes), tmp_path / "other")
-    assert load_model(tmp_path / "other" / "last").config.store.capacity == 24
+    sizes = {"window": 24, "store": {"capacity": 24, "hidden": 8}, "fast_layers": [0]}
+    train(task(train=start, optim=still, model={**MODEL, **sizes}), tmp_path / "other")
+    other = load_model(tmp_path / "other" / "last")
+    assert other.config.store.capacity == 24 and not other.blocks[0].attention.fast.gate.any()
     with pytest.raises(Refused, match=r"model.mlp_dim is 32 there and 48 here"):
         train(task(train=start, model={"mlp_dim": 48}), tmp_path / "third")
     assert not (tmp_path / "third").exists()

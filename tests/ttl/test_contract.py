@@ -67,9 +67,14 @@ ROWS = {
     ),
     "mag, memory and store": make({"kind": "mlp"}, {}, combine="mag"),
     "mal, memory and store": make({"kind": "mlp"}, {}, combine="mal"),
+    "fast weights": make(fast_layers=(0, 2)),
+    "mag, memory, store and fast weights": make({"kind": "delta"}, {}, fast_layers=(1, 2)),
     "mac, memory": make({"kind": "mlp", "page": 8}, combine="mac"),
     "mac, memory, store, persistent": make(
         {"kind": "matrix", "page": 12}, {}, combine="mac", num_persistent=2
+    ),
+    "mac, memory and fast weights": make(
+        {"kind": "mlp", "page": 8}, combine="mac", fast_layers=(1,)
     ),
 }
 
@@ -86,7 +91,20 @@ def build(config: ModelConfig, scale: float = 1.0) -> TTLModel:
         for name, parameter in model.named_parameters():
             if "memory" in name:
                 parameter.mul_(scale)
+            if name.endswith("fast.gate"):
+                parameter.fill_(scale)
     return model
+
+
+def begin(model: TTLModel):
+    """Lanes that have read nothing, but slept: their fast weights are anything but zero."""
+    state, generator = model.init_state(B), torch.Generator().manual_seed(3)
+
+    def wrote(block):
+        s = torch.randn(block.fast.s.shape, generator=generator)
+        return block._replace(fast=block.fast._replace(s=s))
+
+    return state._replace(blocks=tuple(map(wrote, state.blocks)))
 
 
 def draw(seed: int, batch: int = B, length: int = T) -> torch.Tensor:
@@ -109,9 +127,9 @@ def test_any_cut_equals_one_call(config):
     model = build(config)
     # scores are float32 whatever the model's dtype, hence the tolerance
     cuts = [0, 1, 1, 4, 9, 20, 23, 24, 47, T]
-    assert_cut_invariant(model, model.init_state(B), draw(1), cuts, atol=1e-5)
-    whole = model(draw(1), model.init_state(B))[0]
-    state, pieces = model.init_state(B), []
+    assert_cut_invariant(model, begin(model), draw(1), cuts, atol=1e-5)
+    whole = model(draw(1), begin(model))[0]
+    state, pieces = begin(model), []
     for a, b in itertools.pairwise([0, *cuts, T]):
         y, state, _ = model(draw(1)[:, a:b], state)
         pieces.append(y)
@@ -121,7 +139,7 @@ def test_any_cut_equals_one_call(config):
 @torch.no_grad()
 def test_ragged_lanes_equal_separate_streams(config):
     model, x = build(config), draw(2)
-    state, done = model.init_state(B), [0] * B
+    state, done = begin(model), [0] * B
     pieces = [[] for _ in range(B)]
     lengths_of_calls = [(5, 0, 9), (0, 3, 1), (4, 4, 4), (11, 1, 0), (2, 30, 13), (35, 19, 30)]
     for lengths in lengths_of_calls:
@@ -134,7 +152,7 @@ def test_ragged_lanes_equal_separate_streams(config):
             done[b] += n
     assert done == [T] * B
     for b in range(B):
-        fresh = model.init_state(B)
+        fresh = begin(model)
         alone, after, _ = model(x[b : b + 1], select(fresh, torch.tensor([b])))
         assert (torch.cat(pieces[b]) - alone[0]).abs().max() < 1e-10
         assert distance(after, select(state, torch.tensor([b]))) < 1e-5
@@ -143,7 +161,7 @@ def test_ragged_lanes_equal_separate_streams(config):
 @torch.no_grad()
 def test_no_output_depends_on_later_tokens(config):
     model = build(config, scale=20.0)
-    assert_causal(model, model.init_state(B), draw(3), draw(4), [1, 7, 8, 30, T - 1], atol=1e-9)
+    assert_causal(model, begin(model), draw(3), draw(4), [1, 7, 8, 30, T - 1], atol=1e-9)
 
 
 @torch.no_grad()
@@ -152,13 +170,13 @@ def test_lanes_do_not_see_each_other(config):
     # a surprise gate gathers written tokens: as many rows as the fullest lane has
     atol = 1e-12 if config.memory.gate_threshold else 0.0
     for lane in range(B):
-        assert_isolated(model, model.init_state(B), draw(5), draw(6), lane, atol)
+        assert_isolated(model, begin(model), draw(5), draw(6), lane, atol)
 
 
 @torch.no_grad()
 def test_reset_lane_equals_a_fresh_one(config):
     model = build(config)
-    _, used, _ = model(draw(7), model.init_state(B))
+    _, used, _ = model(draw(7), begin(model))
     mixed = model.reset(used, torch.tensor([False, True, False]))
     y, after, _ = model(draw(8), mixed)
     fresh_y, fresh, _ = model(draw(8), model.init_state(B))
@@ -174,7 +192,7 @@ def test_reset_lane_equals_a_fresh_one(config):
 @torch.no_grad()
 def test_call_changes_nothing_in_the_state_it_was_given(config):
     model = build(config)
-    _, state, _ = model(draw(9), model.init_state(B))
+    _, state, _ = model(draw(9), begin(model))
     before = {name: t.clone() for name, t in named_tensors(state)}
     model(draw(10), state)
     for name, t in named_tensors(state):
@@ -183,16 +201,16 @@ def test_call_changes_nothing_in_the_state_it_was_given(config):
 
 def test_fast_form_equals_the_reference(config):
     model, x = build(config), draw(11)
-    slow, slow_state, _ = model(x, model.init_state(B))  # with gradients: other forms
+    slow, slow_state, _ = model(x, begin(model))  # with gradients: other forms
     with torch.no_grad():
-        fast, fast_state, _ = model(x, model.init_state(B))
+        fast, fast_state, _ = model(x, begin(model))
     assert (slow - fast).abs().max() < 1e-10
     assert distance(detach(slow_state), fast_state) < 1e-5
 
 
 def test_every_parameter_gets_a_gradient(config):
     model, x = build(config), draw(12)
-    y, state, _ = model(x, model.init_state(B))
+    y, state, _ = model(x, begin(model))
     taught = [s.score[s.position >= 0].sum() for s in (b.store for b in state.blocks) if s]
     (y.square().mean() + sum(taught)).backward()
     for name, parameter in model.named_parameters():
@@ -207,10 +225,10 @@ def test_what_blind_tokens_predict_comes_from_the_memories_alone(config):
     other[:, 0] = (other[:, 0] + 1) % VOCAB
     blind = torch.zeros_like(x, dtype=torch.bool)
     blind[0] = True
-    a, b = (model(tokens, model.init_state(B), blind=blind)[0] for tokens in (x, other))
+    a, b = (model(tokens, begin(model), blind=blind)[0] for tokens in (x, other))
     lasts = (a - b).abs().amax(-1)[:, -1]
     assert (lasts[0] > 0) == bool(config.memory_layers) and (lasts[1:] > 0).all()
-    pieces, state = [], model.init_state(B)
+    pieces, state = [], begin(model)
     for start in range(0, 3 * C, 3):
         here = slice(start, start + 3)
         y, state, _ = model(x[:, here], state, blind=blind[:, here])
@@ -227,7 +245,7 @@ def two_calls(config, recompute: bool):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y, state, _ = model(x[:, :30], model.init_state(B), recompute=recompute)
+        y, state, _ = model(x[:, :30], begin(model), recompute=recompute)
         z, state, _ = model(x[:, 30:], state, recompute=recompute)
     (y.square().mean() + z.square().mean()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -245,7 +263,7 @@ def test_carried_state_is_float32_under_bfloat16(config):
     torch.manual_seed(7)
     model = TTLModel(config).to(torch.bfloat16)
     with torch.no_grad():
-        y, state, _ = model(draw(13), model.init_state(B))
+        y, state, _ = model(draw(13), begin(model))
     assert y.isfinite().all()
     for name, t in named_tensors(state):
         low = name.rsplit(".", 1)[-1] in ("k", "v", "tail", "hidden", "page")
@@ -257,12 +275,12 @@ def test_carried_state_is_float32_under_bfloat16(config):
 @torch.no_grad()
 def test_bytes_of_the_state_do_not_grow(config):
     model = build(config)
-    state = model.init_state(B)
+    state = begin(model)
     sizes = []
     for i, length in enumerate((T, 3, 8 * C - (T + 3) % C, 20 * C)):  # the last one is aligned
         _, state, _ = model(draw(i, length=length), state)
         sizes.append(nbytes(state))
-    assert sizes == [nbytes(model.init_state(B))] * 4
+    assert sizes == [nbytes(begin(model))] * 4
     assert all(
         t.untyped_storage().nbytes() <= 2 * t.numel() * t.element_size() + 64
         for t in flatten(map_state(lambda t: t, state)).values()
@@ -274,9 +292,9 @@ def test_bytes_of_the_state_do_not_grow(config):
 def test_rows_that_are_not_finite_are_masked_and_counted(config):
     model, x = build(config), draw(14) % (VOCAB - 1)
     x[:, 20] = VOCAB - 1
-    clean = model(x, model.init_state(B))
+    clean = model(x, begin(model))
     model.embedding.weight[VOCAB - 1] = torch.nan
-    broken, state, stats = model(x, model.init_state(B), head=False)
+    broken, state, stats = model(x, begin(model), head=False)
     assert stats.nonfinite.tolist() == [1] * B and state.nonfinite.tolist() == [1] * B
     assert broken.isfinite().all()
     assert (clean[0][:, :20] - broken[:, :20] @ model.embedding.weight.T)[
@@ -291,7 +309,7 @@ def test_rows_that_are_not_finite_are_masked_and_counted(config):
 def test_detaching_the_state_truncates_the_gradient(config):
     model = build(config)
     for detached in (True, False):
-        state, losses, leaves = model.init_state(B), [], []
+        state, losses, leaves = begin(model), [], []
         hook = model.embedding.register_forward_hook(lambda _m, _i, out, to=leaves: to.append(out))
         for n in range(3):
             state = detach(state) if detached else state

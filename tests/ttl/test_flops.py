@@ -42,9 +42,10 @@ CONFIGS = {
     "store learned": make(store={"score": "learned"}),
     "store recency with quota": make(store={"score": "recency", "quota": True, "capacity": 16}),
     "store mass": make(store={"score": "mass"}, num_persistent=1),
+    "fast weights": make(fast_layers=(0, 1)),
     "mag": make({}, {}),
     "mal": make({}, {}, combine="mal"),
-    "mac mlp": make({"page": 12}, {}, combine="mac"),
+    "mac mlp, fast weights": make({"page": 12}, {}, combine="mac", fast_layers=(1,)),
     "mac delta": make({"kind": "delta", "page": 8}, {}, combine="mac"),
     "mac matrix": make({"kind": "matrix", "page": 4}, combine="mac", num_persistent=2),
 }
@@ -108,7 +109,7 @@ def test_each_part_equals_what_torch_counts_in_its_module(config):
         rest = inside(block) - inside(f"{block}.attention") - feed_forward
         assert here.pop("projections") == ends
         assert here.pop("admission", 0) == scores
-        assert here.pop("window") + here.pop("store", 0) == reads
+        assert sum(here.pop(part, 0) for part in ("window", "store", "fast weights")) == reads
         assert here.pop("feed-forward") == feed_forward
         assert here.pop("memory", 0) == rest
         assert not here
@@ -193,6 +194,7 @@ def test_bytes_equal_those_of_the_state(config):
                 assert told.pop(("window", layer)) == nbytes(block.window)
                 assert told.pop(("store", layer), 0) == nbytes(block.store)
                 assert told.pop(("memory", layer), 0) == nbytes((block.memory, block.page))
+                assert told.pop(("fast weights", layer), 0) == nbytes(block.fast)
             assert not told
 
 

@@ -1,0 +1,83 @@
+"""Fast weights: closed at first, answers to written keys, and silence otherwise."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from wakesleep.kernels.protected_write import protected_write
+from wakesleep.ttl.fast import FastConfig, FastWeights, unit_key
+from wakesleep.ttl.model import ModelConfig, TTLModel
+from wakesleep.ttl.state import FastState
+
+SIZES = {"vocab_size": 41, "dim": 24, "num_layers": 2, "num_heads": 2, "head_dim": 16}
+CONFIG = ModelConfig(**SIZES, mlp_dim=16, window=8, chunk=4, memory_layers=(), store_layers=(1,))
+OPEN = 0.8
+
+
+def written(k, v) -> FastState:
+    """Fast weights that hold the pairs k, v [H, n, K] of one lane."""
+    weights = FastWeights(FastConfig(), k.shape[0], k.shape[-1])
+    return FastState(*protected_write(*weights.init_state(1), k[None], v[None], lam=0.01))
+
+
+@torch.no_grad()
+def test_a_model_with_closed_fast_weights_is_the_model_without_them():
+    torch.manual_seed(1)
+    without = TTLModel(CONFIG)
+    model = TTLModel(dataclasses.replace(CONFIG, fast_layers=(0, 1)))
+    assert model.load_state_dict(without.state_dict(), strict=False).unexpected_keys == []
+    tokens, state = torch.randint(41, (2, 30)), model.init_state(2)
+    blocks = [b._replace(fast=FastState(*map(torch.randn_like, b.fast))) for b in state.blocks]
+    given = model(tokens, state._replace(blocks=tuple(blocks)))[0]
+    assert torch.equal(given, without(tokens, without.init_state(2))[0])
+
+
+@torch.no_grad()
+def test_a_written_key_brings_its_value_at_the_length_of_the_gate_and_any_other_one_little():
+    k, v = unit_key(torch.randn(3, 12, 64)), torch.randn(3, 12, 64)
+    weights = FastWeights(FastConfig(), 3, 64)
+    weights.gate.fill_(OPEN)
+    state = written(k, v)
+    told = weights.read(5 * k.transpose(0, 1)[None], state)[0].transpose(0, 1)
+    assert torch.cosine_similarity(told, v, dim=-1).min() > 0.99
+    torch.testing.assert_close(
+        told.square().mean(-1).sqrt(), torch.full((3, 12), OPEN), atol=0.02, rtol=0
+    )
+    strange = torch.linalg.qr(k.mT, mode="complete").Q[..., 12:].mT  # at right angles to all keys
+    assert weights.read(strange.transpose(0, 1)[None], state).abs().max() < 1e-3
+
+
+@torch.no_grad()
+def test_queries_of_length_zero_and_fast_weights_of_zeros_give_zeros():
+    weights = FastWeights(FastConfig(), 2, 8)
+    weights.gate.fill_(OPEN)
+    q = torch.randn(1, 3, 2, 8)
+    assert torch.equal(weights.read(q, weights.init_state(1)), torch.zeros_like(q))
+    full = FastState(torch.randn(1, 2, 8, 8), torch.eye(8).repeat(1, 2, 1, 1))
+    assert torch.equal(weights.read(0 * q, full), torch.zeros_like(q))
+
+
+def test_what_fast_weights_read_from_in_bfloat16_is_float32():
+    torch.manual_seed(2)
+    weights = FastWeights(FastConfig(), 2, 8).to(torch.bfloat16)
+    with torch.no_grad():
+        weights.gate.fill_(OPEN)
+    state = FastState(torch.randn(1, 2, 8, 8), torch.zeros(1, 2, 8, 8))
+    q = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
+    told = weights.read(q, state)
+    exact = weights.float().read(q.float(), state)
+    assert told.dtype == torch.bfloat16 and weights.init_state(1).s.dtype == torch.float32
+    torch.testing.assert_close(told.float(), exact, rtol=2**-7, atol=1e-3)
+
+
+def test_a_state_without_fast_weights_is_refused_by_a_model_that_has_them():
+    model = TTLModel(dataclasses.replace(CONFIG, fast_layers=(1,)))
+    with pytest.raises(ValueError, match=r"layer 1 .*fast weights"):
+        model(torch.zeros(1, 2, dtype=torch.int64), TTLModel(CONFIG).init_state(1))
+
+
+@pytest.mark.parametrize("lam", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_ridge_that_is_none_is_refused(lam):
+    with pytest.raises(ValueError, match=r"fast\.lam"):
+        FastConfig(lam=lam)
