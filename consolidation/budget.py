@@ -1,0 +1,102 @@
+"""What sleep may cost: a ledger of all that was spent, and a budget that is never exceeded.
+
+A bucket fills with `offline_ratio` FLOPs for every FLOP that reading costs, up to `burst`. Sleep,
+the gate that judges it, and work that is thrown away are all paid from it, before they run. All
+counts are integers, so that
+
+    sleep + gate + wasted  <=  offline_ratio * wake + granted
+
+holds exactly, at every moment and after every interruption: a ledger is saved with the state that
+it belongs to, and what a killed process did in vain is not in either.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+Asleep = Literal["sleep", "gate", "wasted"]
+
+
+class Cost(NamedTuple):
+    """What some work costs."""
+
+    flops: int = 0  # by closed formulas: matrix products, factors and triangular solves
+    nbytes: int = 0  # moved between memory and processor, by closed formulas
+    seconds: float = 0.0  # measured
+
+    def plus(self, other: Cost) -> Cost:
+        """The cost of both."""
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def minus(self, other: Cost) -> Cost:
+        """The cost of this without that."""
+        return Cost(*(a - b for a, b in zip(self, other, strict=True)))
+
+
+class Ledger(NamedTuple):
+    """Everything that was spent since the start of a session, each FLOP under one name."""
+
+    wake: Cost = Cost()  # reading
+    sleep: Cost = Cost()  # consolidation that was accepted
+    gate: Cost = Cost()  # judging it
+    wasted: Cost = Cost()  # consolidation that was rejected or interrupted
+    granted: int = 0  # FLOPs that were given to a session at rest, beside the ratio
+    lost: int = 0  # FLOPs that a full bucket could not take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A token bucket: how much may be spent asleep for what was spent awake."""
+
+    offline_ratio: float = 0.0  # FLOPs of sleep per FLOP of reading
+    burst: float = math.inf  # FLOPs that can be saved up
+
+    def __post_init__(self) -> None:
+        for name, most in (("offline_ratio", 1e6), ("burst", math.inf)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise ValueError(f"{name} must be from 0 to {most:g}, got {value}")
+
+    def level(self, ledger: Ledger) -> int:
+        """FLOPs that may be spent now; negative after a change to a smaller ratio."""
+        earned = math.floor(Fraction(self.offline_ratio) * ledger.wake.flops)
+        spent = ledger.sleep.flops + ledger.gate.flops + ledger.wasted.flops
+        return earned + ledger.granted - ledger.lost - spent
+
+    def earn(self, ledger: Ledger, wake: Cost) -> Ledger:
+        """The ledger after reading; what does not fit into the bucket is lost."""
+        return self._cap(ledger._replace(wake=ledger.wake.plus(wake)))
+
+    def grant(self, ledger: Ledger, flops: int) -> Ledger:
+        """The ledger with `flops` more to spend, whatever the ratio and the burst.
+
+        Raises:
+            ValueError: a grant that is none.
+        """
+        if flops < 0:
+            raise ValueError(f"budget must be at least 0 FLOPs, got {flops}")
+        return ledger._replace(granted=ledger.granted + flops)
+
+    def spend(self, ledger: Ledger, kind: Asleep, cost: Cost) -> Ledger:
+        """The ledger after paying; to be called before the work is done.
+
+        Raises:
+            ValueError: it costs more than the level.
+        """
+        level = self.level(ledger)
+        if cost.flops > level:
+            raise ValueError(f"{kind} of {cost.flops:,} FLOPs with a budget of {level:,} left")
+        return ledger._replace(**{kind: getattr(ledger, kind).plus(cost)})
+
+    def waste(self, ledger: Ledger, cost: Cost) -> Ledger:
+        """The ledger when sleep that was paid for is thrown away."""
+        return ledger._replace(sleep=ledger.sleep.minus(cost), wasted=ledger.wasted.plus(cost))
+
+    def _cap(self, ledger: Ledger) -> Ledger:
+        if math.isinf(self.burst):
+            return ledger
+        over = self.level(ledger) - max(math.floor(self.burst), ledger.granted)
+        return ledger._replace(lost=ledger.lost + max(0, over))
