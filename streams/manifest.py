@@ -15,7 +15,7 @@ from wakesleep.streams.stream_config import StreamConfig
 from wakesleep.streams.token_reader import START, Cursor
 from wakesleep.ttl.config_json import parse_json
 
-SCHEMA = 1
+SCHEMA = 2
 STATE_NAME = re.compile(r"state-\d{12,16}(-2)?\.safetensors")  # a bare name: no folder in it
 MAX_NUMBER = 2**53
 MAX_TEXT = 4096  # characters of a name, a path, a question

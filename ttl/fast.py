@@ -4,7 +4,7 @@ They share queries, keys and values with the window and the store, so that a pai
 pair of the fast weights: sleep writes it once more, here, and its place in the store is free. Keys
 and queries are of length 1 and know no position.
 
-Shapes: B lanes, T tokens, H heads, K head width.
+Shapes: B lanes, T tokens, H heads, K head width, S store places.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wakesleep.ttl.state import FastState
+from wakesleep.ttl.state import FastState, ProbeState
 
+PROBES = 256  # per head: half of them for the gate, half for an audit that it never sees
 FLOOR_INIT = 0.1  # RMS of an answer that counts half
 
 
@@ -39,11 +40,9 @@ class FastWeights(nn.Module):
         self.gate = nn.Parameter(torch.zeros(num_heads))  # zero: a model without them, at first
         self.floor = nn.Parameter(torch.full((num_heads,), FLOOR_INIT).log())
 
-    def init_state(self, batch: int) -> FastState:
-        """Fast weights of lanes that have never slept."""
-        shape = (batch, self.num_heads, self.head_dim, self.head_dim)
-        nothing = torch.zeros(shape, device=self.gate.device)
-        return FastState(nothing, nothing.clone())
+    def init_state(self, batch: int, capacity: int, like: Tensor) -> FastState:
+        """Fast weights of lanes that have never slept, with a store of `capacity` (0 = none)."""
+        return no_fast_weights(like, batch, self.num_heads, self.head_dim, capacity)
 
     def read(self, q: Tensor, state: FastState) -> Tensor:
         """What the fast weights give back for queries q [B, T, H, K], in the same shape and dtype.
@@ -58,6 +57,30 @@ class FastWeights(nn.Module):
             floor = self.floor.to(y.dtype).exp().square()[:, None]
             y = y * (power + floor).rsqrt() * self.gate.to(y.dtype)[:, None]
         return y.to(q.dtype)
+
+
+def no_fast_weights(
+    like: Tensor, batch: int, num_heads: int, head_dim: int, capacity: int = 0
+) -> FastState:
+    """Nothing written, no probes, on the device of `like` and with probes of its dtype."""
+    heads = (batch, num_heads)
+    matrix = torch.zeros(*heads, head_dim, head_dim, device=like.device)
+    places = torch.full((*heads, capacity), -1, device=like.device)
+    k = like.new_zeros(*heads, PROBES, head_dim)
+    probes = ProbeState(k, k.clone(), places.new_full((*heads, PROBES), -1))
+    return FastState(matrix, matrix.clone(), places, probes)
+
+
+def follow(asleep: Tensor, position: Tensor) -> Tensor:
+    """What `asleep` [B, H, S] says of the places of another store with pairs at position [B, H, N].
+
+    A pair is known by its position: of pairs that are in neither, or in both, -1 or it.
+    """
+    known = asleep.sort(-1).values
+    if not known.shape[-1]:
+        return torch.full_like(position, -1)
+    found = torch.searchsorted(known, position).clamp(max=known.shape[-1] - 1)
+    return torch.where(known.gather(-1, found) == position, position, -1)
 
 
 def unit_key(k: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from wakesleep.ttl.attention import TAPS
+from wakesleep.ttl.fast import PROBES
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import SPAN
@@ -162,7 +163,9 @@ def state_bytes(
                 memory += c.memory.page * H * pair
             parts.append(PartBytes("memory", layer, batch * memory))
         if layer in c.fast_layers:
-            parts.append(PartBytes("fast weights", layer, batch * H * 2 * c.head_dim**2 * 4))
+            places = S if layer in c.store_layers else 0
+            fast = 2 * c.head_dim**2 * 4 + 8 * places + PROBES * (pair + 8)
+            parts.append(PartBytes("fast weights", layer, batch * H * fast))
     ids = SPAN + W + c.chunk
     parts.append(PartBytes("ids and counters", None, batch * 8 * (ids + 3)))
     return parts

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from wakesleep.ttl.attention import AttentionInput, WindowAttention
 from wakesleep.ttl.block import Block
-from wakesleep.ttl.fast import FastConfig
+from wakesleep.ttl.fast import FastConfig, no_fast_weights
 from wakesleep.ttl.grid import carry, make_grid, scatter
 from wakesleep.ttl.memory import MemoryConfig, NeuralMemory
 from wakesleep.ttl.state import (
     SPAN,
     BlockState,
-    FastState,
-    ProbeState,
     RecentState,
     StreamState,
     merge,
@@ -146,14 +144,15 @@ class TTLModel(nn.Module):
         _check_window(window, c.chunk)
         weight = self.embedding.weight
         long = {"dtype": torch.int64, "device": weight.device}
-        none = torch.zeros(batch, 0, c.head_dim, c.head_dim, device=weight.device)
         blocks = []
         for block in self.blocks:
             seen = block.attention.init_state(batch, window, capacity)
             memory = block.memory.init_state(batch) if block.memory is not None else None
             page = weight.new_zeros(batch, block.attention.page, 2, c.num_heads, c.head_dim)
-            fast = block.attention.fast
-            fast = fast.init_state(batch) if fast is not None else FastState(none, none.clone())
+            fast = no_fast_weights(weight, batch, 0, c.head_dim)
+            if block.attention.fast is not None:
+                places = 0 if block.attention.store is None else capacity
+                fast = block.attention.fast.init_state(batch, places, weight)
             blocks.append(BlockState(*seen, memory, fast, page))
         nothing = torch.zeros(batch, 0, **long)
         return StreamState(
@@ -163,10 +162,6 @@ class TTLModel(nn.Module):
             ids=torch.full((batch, SPAN + window + c.chunk), -1, **long),
             nonfinite=torch.zeros(batch, **long),
             recent=RecentState(nothing, nothing.clone(), weight.new_zeros(batch, 0, c.dim)),
-            probes=ProbeState(
-                nothing.clone(),
-                torch.zeros(batch, 0, SPAN, dtype=torch.int32, device=weight.device),
-            ),
         )
 
     def reset(self, state: StreamState, lanes: Tensor) -> StreamState:

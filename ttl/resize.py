@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep.kernels.admission import admit_reference, bin_span
+from wakesleep.ttl.fast import follow
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, StreamState, WindowState
 from wakesleep.ttl.store import candidates, empty_store
@@ -37,12 +38,15 @@ def resize_state(
     span = bin_span(end, chunk) if model.config.store.quota else None
     blocks = []
     for block in state.blocks:
-        store = block.store
+        store, fast = block.store, block.fast
         if store is not None:
             leaving = None if window >= old else _leaving(block.window, state.ids, end, old, window)
             size = store.position.shape[-1] if capacity is None else capacity
             store = _resize_store(store, size, leaving, span)
-        blocks.append(block._replace(window=_resize_window(block.window, window, old), store=store))
+            if fast.s.shape[1]:
+                fast = fast._replace(asleep=follow(fast.asleep, store.position))
+        shown = _resize_window(block.window, window, old)
+        blocks.append(block._replace(window=shown, store=store, fast=fast))
     ids = _resize_front(state.ids, window - old, -1)
     return state._replace(blocks=tuple(blocks), ids=ids)
 

@@ -4,8 +4,8 @@ Everything that a model remembers is in this tree, and nothing of it is anywhere
 a state and returns the next one. The functions below work on the whole tree; a part that a model
 does not have is None.
 
-Shapes: B lanes, H heads, K head width, W window, C chunk, P page (open tokens of a memory),
-S store places, D model width, R convolution taps minus one.
+Shapes: B lanes, H heads, K head width, W window, C chunk, O open tokens of a memory (a page),
+S store places (0 without a store), P probes, D model width, R convolution taps minus one.
 """
 
 from __future__ import annotations
@@ -49,19 +49,29 @@ class MemoryState(NamedTuple):
 
     weights: tuple[Tensor, ...]  # per layer, [B, H, in, out] float32, less the initial weights
     momentum: tuple[Tensor, ...]  # same shapes; empty tuple without momentum
-    k: Tensor  # [B, P, H, K] float32 keys of the open page
-    v: Tensor  # [B, P, H, K] float32
-    gates: Tensor  # [B, P, H, 2 or 3] float32: keep, step and, if there is one, momentum
-    live: Tensor  # [B, P] bool: a token is there that may be written
+    k: Tensor  # [B, O, H, K] float32 keys of the open page
+    v: Tensor  # [B, O, H, K] float32
+    gates: Tensor  # [B, O, H, 2 or 3] float32: keep, step and, if there is one, momentum
+    live: Tensor  # [B, O] bool: a token is there that may be written
     tail: Tensor  # [B, R, 3 * H * K] last inputs of the convolution, 2 * H * K of a paged memory
     surprise: Tensor  # [B, 2] float32: weight and running mean, up to the last boundary
 
 
+class ProbeState(NamedTuple):
+    """Pairs of the fast weights that are set aside to judge every sleep by; never replayed."""
+
+    k: Tensor  # [B, H or 0, P, K] keys of length 1
+    v: Tensor  # [B, H or 0, P, K]
+    position: Tensor  # [B, H or 0, P] int64; -1 where empty
+
+
 class FastState(NamedTuple):
-    """Fast weights that are read awake and written asleep; zero heads in a model without them."""
+    """Fast weights that are read awake and written asleep; zero heads in a layer without them."""
 
     s: Tensor  # [B, H or 0, K, K] float32, a key of length 1 times s is its value
     covariance: Tensor  # [B, H or 0, K, K] float32, sum of k k^T over the keys written so far
+    asleep: Tensor  # [B, H or 0, S] int64 position of the written pair in each store place, or -1
+    probes: ProbeState
 
 
 class BlockState(NamedTuple):
@@ -69,7 +79,7 @@ class BlockState(NamedTuple):
     store: StoreState | None
     memory: MemoryState | None
     fast: FastState
-    page: Tensor  # [B, P, 2, H, K] keys and values of what MAC read for the open page; else P = 0
+    page: Tensor  # [B, O, 2, H, K] keys and values of what MAC read for the open page; else O = 0
 
 
 class RecentState(NamedTuple):
@@ -80,13 +90,6 @@ class RecentState(NamedTuple):
     hidden: Tensor  # [B, L, D]
 
 
-class ProbeState(NamedTuple):
-    """Pairs set aside to test every sleep with, never replayed; N = 0 without sleep."""
-
-    position: Tensor  # [B, N] int64
-    span: Tensor  # [B, N, SPAN] int32
-
-
 class StreamState(NamedTuple):
     blocks: tuple[BlockState, ...]
     position: Tensor  # [B] int64 tokens read since the lane's last reset
@@ -94,7 +97,6 @@ class StreamState(NamedTuple):
     ids: Tensor  # [B, W + C + SPAN] int64, the window's token ids and SPAN before; -1 = none
     nonfinite: Tensor  # [B] int64 rows that were masked since the reset
     recent: RecentState
-    probes: ProbeState
 
 
 def map_state(fn: Callable[..., Tensor], state: Tree, *others: Tree) -> Tree:

@@ -280,7 +280,7 @@ def claim_other_tokens(folder, found):
 
 
 def break_the_schema(folder, found):
-    write(folder, {**found, "schema": 2})
+    write(folder, {**found, "schema": 1})
 
 
 def add_a_field(folder, found):

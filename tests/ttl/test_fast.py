@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wakesleep.kernels.protected_write import protected_write
-from wakesleep.ttl.fast import FastConfig, FastWeights, unit_key
+from wakesleep.ttl.fast import FastConfig, FastWeights, follow, unit_key
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import FastState
 
@@ -18,7 +18,9 @@ OPEN = 0.8
 def written(k, v) -> FastState:
     """Fast weights that hold the pairs k, v [H, n, K] of one lane."""
     weights = FastWeights(FastConfig(), k.shape[0], k.shape[-1])
-    return FastState(*protected_write(*weights.init_state(1), k[None], v[None], lam=0.01))
+    state = weights.init_state(1, 0, k)
+    s, covariance = protected_write(state.s, state.covariance, k[None], v[None], lam=0.01)
+    return state._replace(s=s, covariance=covariance)
 
 
 @torch.no_grad()
@@ -28,7 +30,8 @@ def test_a_model_with_closed_fast_weights_is_the_model_without_them():
     model = TTLModel(dataclasses.replace(CONFIG, fast_layers=(0, 1)))
     assert model.load_state_dict(without.state_dict(), strict=False).unexpected_keys == []
     tokens, state = torch.randint(41, (2, 30)), model.init_state(2)
-    blocks = [b._replace(fast=FastState(*map(torch.randn_like, b.fast))) for b in state.blocks]
+    fast = [b.fast._replace(s=torch.randn_like(b.fast.s)) for b in state.blocks]
+    blocks = (b._replace(fast=f) for b, f in zip(state.blocks, fast, strict=True))
     given = model(tokens, state._replace(blocks=tuple(blocks)))[0]
     assert torch.equal(given, without(tokens, without.init_state(2))[0])
 
@@ -53,8 +56,9 @@ def test_queries_of_length_zero_and_fast_weights_of_zeros_give_zeros():
     weights = FastWeights(FastConfig(), 2, 8)
     weights.gate.fill_(OPEN)
     q = torch.randn(1, 3, 2, 8)
-    assert torch.equal(weights.read(q, weights.init_state(1)), torch.zeros_like(q))
-    full = FastState(torch.randn(1, 2, 8, 8), torch.eye(8).repeat(1, 2, 1, 1))
+    state = weights.init_state(1, 0, q)
+    assert torch.equal(weights.read(q, state), torch.zeros_like(q))
+    full = state._replace(s=torch.randn(1, 2, 8, 8))
     assert torch.equal(weights.read(0 * q, full), torch.zeros_like(q))
 
 
@@ -63,11 +67,14 @@ def test_what_fast_weights_read_from_in_bfloat16_is_float32():
     weights = FastWeights(FastConfig(), 2, 8).to(torch.bfloat16)
     with torch.no_grad():
         weights.gate.fill_(OPEN)
-    state = FastState(torch.randn(1, 2, 8, 8), torch.zeros(1, 2, 8, 8))
     q = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
+    state = weights.init_state(1, 4, q)
+    assert state.s.dtype == state.covariance.dtype == torch.float32
+    assert state.probes.k.dtype == torch.bfloat16
+    state = state._replace(s=torch.randn(1, 2, 8, 8))
     told = weights.read(q, state)
     exact = weights.float().read(q.float(), state)
-    assert told.dtype == torch.bfloat16 and weights.init_state(1).s.dtype == torch.float32
+    assert told.dtype == torch.bfloat16
     torch.testing.assert_close(told.float(), exact, rtol=2**-7, atol=1e-3)
 
 
@@ -81,3 +88,11 @@ def test_a_state_without_fast_weights_is_refused_by_a_model_that_has_them():
 def test_a_ridge_that_is_none_is_refused(lam):
     with pytest.raises(ValueError, match=r"fast\.lam"):
         FastConfig(lam=lam)
+
+
+def test_a_written_pair_is_known_by_its_position_wherever_the_store_has_put_it():
+    asleep = torch.tensor([[[7, -1, 3, 90], [-1, -1, -1, -1]]])
+    position = torch.tensor([[[90, 8, -1, 3, 2], [7, 3, -1, 90, 0]]])
+    expected = torch.tensor([[[90, -1, -1, 3, -1], [-1] * 5]])
+    assert torch.equal(follow(asleep, position), expected)
+    assert torch.equal(follow(asleep[..., :0], position), torch.full_like(position, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -277,3 +278,18 @@ def test_sizes_that_cannot_be_are_refused(sizes, words):
     model = build(8, 10)
     with pytest.raises(ValueError, match=words):
         resize_state(model, model.init_state(B), **sizes)
+
+
+@pytest.mark.parametrize("capacity", [5, 12, 20])
+def test_pairs_that_sleep_has_written_stay_known_wherever_they_are_put(capacity):
+    plain = build(window=8, capacity=12, score="reservoir")
+    model = TTLModel(replace(plain.config, fast_layers=(0,))).double()
+    _, state = read(model, draw(60), lengths=[60, 31, 5])
+    block = state.blocks[0]
+    odd = torch.where(block.store.position % 2 == 1, block.store.position, -1)
+    fast = block.fast._replace(asleep=odd)
+    state = state._replace(blocks=(block._replace(fast=fast),))
+    block = resize_state(model, state, capacity=capacity).blocks[0]
+    asleep, position = block.fast.asleep, block.store.position
+    assert torch.equal(asleep, torch.where(position % 2 == 1, position, -1))
+    assert (asleep >= 0).any() and asleep.shape[-1] == capacity
