@@ -9,6 +9,8 @@ weights. The least change on those keys that takes in new pairs is then closed f
 
 This is recursive least squares: however the pairs are cut into blocks, the result is the ridge fit
 to all of them at once, if S is the one to those before. Nothing is decayed, no old pair is needed.
+A key that was written before and has another value now would get the mean of both: a weight says
+how many times a pair counts against what is there.
 
 Shapes: X any batch (lane, head), n pairs, m pairs so far, K key width, V value width.
 Source: recursive least squares (Plackett, Biometrika 1950); G is the Fisher information of every
@@ -22,7 +24,12 @@ from torch import Tensor
 
 
 def protected_write(
-    s: Tensor, covariance: Tensor, k: Tensor, v: Tensor, lam: float
+    s: Tensor,
+    covariance: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: float,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write n pairs at once; sums and factors in float64, results in the dtype of s.
 
@@ -31,28 +38,36 @@ def protected_write(
         covariance: [X, K, K] G.
         k, v: [X, n, K] and [X, n, V]; a row of zeros in both writes nothing.
         lam: ridge, in the units of G: 1 is the weight of one key of length 1.
+        weight: [X, n] of each pair in this write, None = 1. In G' every key counts once.
 
     Returns:
         S' and G'.
     """
     K, V, S, G = (t.double() for t in (k, v, s, covariance))
     grown = G + K.mT @ K
-    change = torch.cholesky_solve(K.mT @ (V - K @ S), _factor(grown, lam))
+    pulled = K if weight is None else K * weight.double()[..., None]
+    inner = grown if weight is None else G + pulled.mT @ K
+    change = torch.cholesky_solve(pulled.mT @ (V - K @ S), _factor(inner, lam))
     return (S + change).to(s.dtype), grown.to(covariance.dtype)
 
 
 def protected_write_reference(
-    s: Tensor, covariance: Tensor, k: Tensor, v: Tensor, lam: float
+    s: Tensor,
+    covariance: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: float,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same as it is derived: residuals, through what is uncertain about the new keys.
 
-    S' = S + P K^T (K P K^T + 1)^-1 (V - K S) with P = (G + lam)^-1, for each of the X alone.
+    S' = S + P K^T (K P K^T + 1 / weight)^-1 (V - K S) with P = (G + lam)^-1, one X after the other.
     """
-    eye = torch.eye(k.shape[-1], dtype=torch.float64)
-    changed = []
-    for S, G, K, V in zip(*(t.double() for t in (s, covariance, k, v)), strict=True):
+    weight = k.new_ones(k.shape[:2]) if weight is None else weight
+    eye, changed = torch.eye(k.shape[-1], dtype=torch.float64), []
+    for S, G, K, V, w in zip(*(t.double() for t in (s, covariance, k, v, weight)), strict=True):
         P = torch.linalg.inv(G + lam * eye)
-        seen = K @ P @ K.T + torch.eye(K.shape[0], dtype=torch.float64)
+        seen = K @ P @ K.T + torch.diag(1 / w)
         changed.append((S + P @ K.T @ torch.linalg.inv(seen) @ (V - K @ S), G + K.T @ K))
     weights, covariances = zip(*changed, strict=True)
     return torch.stack(weights).to(s.dtype), torch.stack(covariances).to(covariance.dtype)

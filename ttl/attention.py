@@ -301,13 +301,13 @@ class WindowAttention(nn.Module):
         if page is not None:
             paged = self._page_bias(page, n)
             seen = seen + paged[:, 0].isfinite().sum(-1)
-        values = [torch.cat(values, 2)]
+        seen, values = seen[:, None], [torch.cat(values, 2)]
         stored = reader is not None and reader.used > 0
         if stored:
             values += reader.values
-            seen = seen + reader.count[:, None]
+            seen = seen + reader.count[..., None]  # [B, H, C]
         size = seen.clamp(min=1).to(torch.promote_types(q.dtype, torch.float32)).log()
-        scale = 1 + self.size_gain[:, None] * size[:, None].to(q.dtype)
+        scale = 1 + self.size_gain[:, None] * size.to(q.dtype)
         q = scale_query(q, (scale * self.head_dim**-0.5)[..., None], self.rotary_dims)
         if stored:
             logits = reader.logits(q, keys)

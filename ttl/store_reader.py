@@ -105,8 +105,7 @@ class BufferReader:
 
     def _refresh(self) -> None:
         """Recompute what follows from the positions: fill, and from how far keys are read."""
-        self.count = (self.state.position[:, 0] >= 0).sum(-1)  # [B]; heads fill alike
-        self.used = int(self.count.max())
+        self.count, self.used = _taken(self.state.position)
         self.full = bool((self.count == self.used).all())
         distance = distances(self.rank[..., : self.used], self.rank_table)
         turn = self.turns.index_select(0, distance.flatten()).unflatten(0, distance.shape)
@@ -196,7 +195,7 @@ class PieceReader:
         number = torch.arange(S, device=state.k.device)
         self.number = number.expand(state.position.shape)  # [B, H, S] pair of each place
         self.pieces = [state]  # their pairs are numbered through
-        self.first = int((state.position[:, 0] >= 0).sum(-1).max())  # places taken
+        self.first = _taken(state.position)[1]
         self.read = [self._readable(state.k[:, :, : self.first], state.v[:, :, : self.first])]
 
     def _readable(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +217,7 @@ class PieceReader:
         self.distance, self.empty = (
             torch.cat([x[..., : self.first], x[..., places:]], -1) for x in (distance, empty)
         )
-        self.count = (self.position[:, 0] >= 0).sum(-1)  # [B]; heads fill alike
+        self.count, _ = _taken(self.position)
         self.used = self.empty.shape[-1]
         self.full = not bool(self.empty.any())
 
@@ -228,6 +227,16 @@ def distances(rank: Tensor, rank_table: Tensor | None) -> Tensor:
     if rank_table is None:
         return rank
     return rank_table[:, None].expand(-1, rank.shape[1], -1).gather(-1, rank)
+
+
+def _taken(position: Tensor) -> tuple[Tensor, int]:
+    """How many places of each head are taken [B, H], and the number of the last one plus 1.
+
+    Places fill from 0 upwards, and all heads alike; what sleep has released are holes in them.
+    """
+    taken = position >= 0
+    last = taken.flatten(0, 1).any(0).nonzero()
+    return taken.sum(-1), int(last[-1]) + 1 if len(last) else 0
 
 
 class Exchange(NamedTuple):

@@ -30,14 +30,16 @@ def recall(s, k, v, among) -> float:
     return ((k @ s * v).sum(-1) / (k @ s).norm(dim=-1) >= near - 1e-12).double().mean().item()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("num_pairs", [1, 3, 9])
-def test_write_and_its_gradients_equal_the_derivation(num_pairs):
+def test_write_and_its_gradients_equal_the_derivation(num_pairs, weighted):
     s, root, k, v = leaves = [
         torch.randn(2, rows, width, dtype=torch.float64, requires_grad=True)
         for rows, width in ((5, 3), (4, 5), (num_pairs, 5), (num_pairs, 3))
     ]
     forms = (protected_write, protected_write_reference)
-    fast, slow = (write(s, root.mT @ root, k, v, LAM) for write in forms)
+    weight = torch.rand(2, num_pairs).double() + 0.5 if weighted else None
+    fast, slow = (write(s, root.mT @ root, k, v, LAM, weight) for write in forms)
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     one, two = (torch.autograd.grad(sum(x.sin().sum() for x in y), leaves) for y in (fast, slow))
@@ -92,14 +94,25 @@ def test_rows_of_zeros_write_nothing():
         assert torch.equal(c, d)
 
 
-def test_a_pair_that_is_written_again_changes_little_and_a_newer_value_wins_half():
-    """Least squares averages: what is superseded must be left out by whoever chooses the pairs."""
+def test_a_pair_that_is_written_again_changes_little_and_another_value_means_both():
     k, v = pairs(1, 1, 8), pairs(1, 2, 8)
     once = protected_write(torch.zeros(1, 8, 8), torch.zeros(1, 8, 8), k, v[:, :1], LAM)
     again = protected_write(*once, k, v[:, :1], LAM)
     assert (k @ (again[0] - once[0]).double()).norm() < LAM
     both = protected_write(*once, k, v[:, 1:], LAM)
     torch.testing.assert_close(k @ both[0].double(), v.mean(1, keepdim=True), rtol=0, atol=LAM)
+
+
+def test_a_value_that_weighs_more_replaces_the_old_one_and_the_others_stay():
+    k, v, other = pairs(1, 30, WIDTH), pairs(1, 30, WIDTH), pairs(1, 3, WIDTH)
+    weight = torch.full((1, 3), 20.0)
+    after, covariance = protected_write(*earlier(k, v), k[:, -3:], other, LAM, weight)
+    torch.testing.assert_close(covariance, k.mT @ k + k[:, -3:].mT @ k[:, -3:])
+    told, old = k[:, -3:] @ after, v[:, -3:]
+    assert torch.cosine_similarity(told, other, dim=-1).min() > 0.99
+    assert torch.cosine_similarity(told, old, dim=-1).abs().max() < 0.45
+    exchanged = torch.cat([v[:, :-3], other], 1)
+    assert recall(after, k, exchanged, torch.cat([v, other], 1)) == 1.0
 
 
 def test_a_thousand_writes_in_float32_stay_with_those_in_float64():

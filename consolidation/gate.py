@@ -1,0 +1,150 @@
+"""The gate: a write is taken only if nothing that was known before suffers.
+
+A head's write is judged by what it gives back before and after: for the pairs that it wrote, for
+pairs from long ago that were set aside and are never replayed, and for cues of noise. Of the steps
+1, 1/2, 1/4, 1/8 the largest one that passes is taken; if none does, the head is as it was, bit for
+bit. Half of the pairs that are set aside are never seen here: they audit the gate itself.
+
+A pair is known if what its key gives back points to its value. Judged one by one, a thousand writes
+could each do a little harm; so what counts is how many of all old pairs are still known.
+
+Shapes: B lanes, H heads, n pairs of a unit, P probes, N cues of noise, A steps, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wakesleep.consolidation.replay import SAME_KEY, Pairs, take
+from wakesleep.ttl.fast import PROBES
+from wakesleep.ttl.state import FastState, ProbeState
+from wakesleep.ttl.store import hash_uniform
+
+STEPS = (1.0, 0.5, 0.25, 0.125)
+NEW_KNOWN = 0.5  # share of the written pairs that must be known after the write
+OLD_KNOWN = 0.98  # share of the old pairs that must be, unless none is lost
+OLD_LOSS = 0.5  # mean fall in cosine of the old pairs, at most, in parts of 1 - tolerance
+CONFIDENCE = 1.64  # standard errors of a one-sided bound of 95 %
+LOUDEST = 3.0  # mean length of an answer to noise, in lengths of the written values
+NOISE_CUES = 64
+
+
+class Verdict(NamedTuple):
+    """What the gate decided for every head."""
+
+    step: Tensor  # [B, H] the step that is taken, 0 = none
+    new_known: Tensor  # [B, H] share of the written pairs that are known after it
+    old_known: Tensor  # [B, H] share of the old pairs likewise, 1 without any
+    loss: Tensor  # [B, H] mean fall in cosine of the old pairs
+
+
+def judge(
+    fast: FastState, full: FastState, pairs: Pairs, cues: Tensor, tolerance: float
+) -> Verdict:
+    """How much of the way from `fast` to `full` may be gone; what is told of step 0 is of step 1.
+
+    Args:
+        full: the same fast weights after the write, at full step.
+        cues: [N, K] keys of length 1 that mean nothing; they may not be answered much more
+            loudly than written keys, and not more loudly than before.
+        tolerance: cosine of an answer with the value, from which on a pair is known.
+    """
+    k, v, position = (t[:, :, : PROBES // 2] for t in fast.probes)
+    old = position >= 0
+    before, after = _cosines(fast, full, k.float(), v.float())
+    lost = (before[..., None] >= tolerance) & (after < tolerance)
+    fall, error = _mean(before[..., None] - after, old)
+    kept, _ = _mean((after >= tolerance).float(), old, empty=1.0)
+    no_loss = ~(lost & old[..., None]).any(2)
+    learned, _ = _mean(
+        (_cosines(fast, full, pairs.k, pairs.v)[1] >= tolerance).float(), pairs.chosen
+    )
+    loud = _answers(fast, full, cues.expand(*fast.s.shape[:2], -1, -1)).norm(dim=-1).mean(2)
+    quiet = (cues @ fast.s).norm(dim=-1).mean(2)
+    value = pairs.v.norm(dim=-1).sum(2) / pairs.chosen.sum(2).clamp(min=1)
+    passes = (learned >= NEW_KNOWN) & ((kept >= OLD_KNOWN) | no_loss)
+    passes &= (fall + CONFIDENCE * error <= OLD_LOSS * (1 - tolerance)) & (
+        loud <= torch.maximum(quiet, LOUDEST * value)[..., None]
+    )
+    passes &= full.s.isfinite().all(-1).all(-1)[..., None] & pairs.chosen.any(-1)[..., None]
+    best = passes.to(torch.uint8).argmax(-1, keepdim=True)  # the first that passes, else 0
+    steps = torch.tensor(STEPS, device=best.device)
+    step = torch.where(passes.any(-1), steps[best[..., 0]], 0.0)
+    return Verdict(step, *(t.gather(-1, best)[..., 0] for t in (learned, kept, fall)))
+
+
+def advance(fast: FastState, full: FastState, step: Tensor) -> FastState:
+    """Go `step` [B, H] of the way; heads with step 0 stay as they are, those with 1 arrive."""
+    parts = {}
+    for name in ("s", "covariance"):
+        old, new = getattr(fast, name), getattr(full, name)
+        share = step[..., None, None]
+        between = old + share * (new - old)
+        parts[name] = torch.where(share == 0, old, torch.where(share == 1, new, between))
+    return fast._replace(**parts)
+
+
+def without_superseded(probes: ProbeState, pairs: Pairs) -> ProbeState:
+    """The probes that are still true once `pairs` are: a key that gets another value is none."""
+    same = (probes.k.float() @ pairs.k.mT >= SAME_KEY) & pairs.replaces[..., None, :]
+    return _keep(probes, ~same.any(-1))
+
+
+def set_aside(probes: ProbeState, pairs: Pairs, position: Tensor, known: Tensor, lane: Tensor):
+    """Offer pairs to the probes: a fair sample of everything that was ever consolidated.
+
+    A hash of lane and position says which half a pair belongs to and how it ranks there, so the
+    sample does not depend on when which pair was offered.
+
+    Args:
+        position: [B, H, n] of the pairs; known: [B, H, n] bool, those that are offered.
+        lane: [B] int64.
+
+    Returns:
+        The next ProbeState.
+    """
+    offered = ProbeState(
+        pairs.k.to(probes.k.dtype), pairs.v.to(probes.v.dtype), torch.where(known, position, -1)
+    )
+    halves = []
+    for half in (0, 1):
+        at = slice(half * PROBES // 2, (half + 1) * PROBES // 2)
+        held = ProbeState(*(t[:, :, at] for t in probes))
+        both = ProbeState(*(torch.cat(pair, 2) for pair in zip(held, offered, strict=True)))
+        rank = hash_uniform(both.position, lane[:, None, None], seed=1)
+        mine = hash_uniform(both.position, lane[:, None, None], seed=2) < 0.5
+        rank = torch.where((both.position >= 0) & (mine == (half == 0)), rank, -1.0)
+        best = rank.argsort(dim=-1, descending=True, stable=True)[..., : PROBES // 2]
+        chosen = ProbeState(*(take(t, best) for t in both))
+        halves.append(_keep(chosen, rank.gather(-1, best) >= 0))
+    return ProbeState(*(torch.cat(pair, 2) for pair in zip(*halves, strict=True)))
+
+
+def _keep(probes: ProbeState, kept: Tensor) -> ProbeState:
+    k, v = (torch.where(kept[..., None], t, 0.0) for t in (probes.k, probes.v))
+    return ProbeState(k, v, torch.where(kept, probes.position, -1))
+
+
+def _answers(fast: FastState, full: FastState, k: Tensor) -> Tensor:
+    """What each step gives back for k [B, H, n, K]: [B, H, n, A, K]."""
+    before, after = k @ fast.s, k @ full.s
+    steps = torch.tensor(STEPS, dtype=before.dtype, device=before.device)[:, None]
+    return before[..., None, :] + steps * (after - before)[..., None, :]
+
+
+def _cosines(fast: FastState, full: FastState, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine of what is given back with v: now [B, H, n], and after each step [B, H, n, A]."""
+    now = torch.cosine_similarity(k @ fast.s, v, dim=-1)
+    return now, torch.cosine_similarity(_answers(fast, full, k), v[..., None, :], dim=-1)
+
+
+def _mean(x: Tensor, of: Tensor, empty: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean and standard error [B, H, A] of x [B, H, n, A] over the rows `of` [B, H, n]."""
+    weight = of[..., None].to(x.dtype)
+    count = weight.sum(2)
+    mean = torch.where(count > 0, (x * weight).sum(2) / count.clamp(min=1), empty)
+    variance = ((x - mean[:, :, None]).square() * weight).sum(2) / (count - 1).clamp(min=1)
+    return mean, (variance / count.clamp(min=1)).sqrt()

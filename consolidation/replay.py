@@ -1,0 +1,142 @@
+"""Replay: pairs of the exact store are written into fast weights, and their places become free.
+
+A unit of replay takes a block of pairs per head: those that are needed most and that the fast
+weights give back worst. It never takes a pair whose key was stored again later: that value is no
+longer true. After the write, what the fast weights give back is marked. A later sleep asks for the
+marked pairs in another way; what it still finds leaves the store, and what a released pair had
+superseded leaves with it, or the old value would be read again.
+
+All functions take the state of one layer and return the next; they work on all lanes and heads.
+
+Shapes: B lanes, H heads, S store places, n pairs of a unit, M marked pairs, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wakesleep.kernels.protected_write import protected_write
+from wakesleep.ttl.fast import unit_key
+from wakesleep.ttl.state import FastState, StoreState
+
+SAME_KEY = 0.98  # cosine of two keys from which on they are one
+INSTEAD = 20.0  # weight of a pair against another value of its key that is there
+CUE_NOISE = 0.2  # length of what disturbs a cue of length 1
+
+
+class Pairs(NamedTuple):
+    """What one unit writes."""
+
+    place: Tensor  # [B, H, n] int64, all different within a head
+    chosen: Tensor  # [B, H, n] bool; k and v of the other rows are zeros
+    k: Tensor  # [B, H, n, K] float32, of length 1
+    v: Tensor  # [B, H, n, K] float32
+    replaces: Tensor  # [B, H, n] bool: a probe says that its key had another value
+
+
+def choose(store: StoreState, fast: FastState, num_pairs: int, tolerance: float) -> Pairs:
+    """The pairs that a unit should write, by need times gain; num_pairs per head at most.
+
+    Need is a pair's rank by score in its head, gain the share of its value that is not given back.
+    Left out are pairs that are not finite, marked or set aside as probes, those that are given back
+    already, and those that a later pair with the same key supersedes.
+
+    Args:
+        tolerance: cosine of an answer with the value, from which on a pair is given back.
+    """
+    k, v, usable = _readable(store)
+    told = k @ fast.s
+    gain = ((v - told).norm(dim=-1) / v.norm(dim=-1).clamp(min=1e-6)).clamp(max=1)
+    need = store.score.argsort(dim=-1).argsort(dim=-1) + 1.0
+    aside = (store.position[..., None] == fast.probes.position[..., None, :]).any(-1)
+    usable &= (fast.asleep != store.position) & ~aside & ~_known(told, v, tolerance)
+    worth = torch.where(usable, need * gain, -torch.inf)
+    order = worth.argsort(dim=-1, descending=True, stable=True)[..., : 2 * num_pairs]
+    old = _superseded(take(k, order), store.position.gather(-1, order), k, store.position)
+    fresh = usable.gather(-1, order) & ~old
+    first = (~fresh).to(torch.uint8).argsort(dim=-1, stable=True)[..., :num_pairs]
+    place, chosen = order.gather(-1, first), fresh.gather(-1, first)
+    k, v = (torch.where(chosen[..., None], take(t, place), 0.0) for t in (k, v))
+    again = (k @ fast.probes.k.float().mT >= SAME_KEY).any(-1)
+    return Pairs(place, chosen, k, v, chosen & again)
+
+
+def change(fast: FastState, pairs: Pairs, lam: float) -> FastState:
+    """The fast weights with the pairs in them, at full step; marks and probes stay."""
+    weight = 1.0 + (INSTEAD - 1) * pairs.replaces
+    s, covariance = protected_write(fast.s, fast.covariance, pairs.k, pairs.v, lam, weight)
+    return fast._replace(s=s, covariance=covariance)
+
+
+def mark(store: StoreState, fast: FastState, tolerance: float) -> FastState:
+    """Mark the stored pairs that the fast weights give back, and no others."""
+    k, v, usable = _readable(store)
+    known = usable & _known(k @ fast.s, v, tolerance)
+    return fast._replace(asleep=torch.where(known, store.position, -1))
+
+
+def release(
+    store: StoreState, fast: FastState, tolerance: float, generator: torch.Generator
+) -> tuple[StoreState, FastState]:
+    """Free the places of marked pairs that a disturbed cue finds; the others lose their mark.
+
+    A value is found if what the cue gives back points to it, and to no other stored value more. The
+    pairs that a released one supersedes are released with it.
+
+    Args:
+        generator: of the disturbances; on the CPU.
+    """
+    marked = (fast.asleep == store.position) & (store.position >= 0)
+    most = int(marked.sum(-1).max())
+    place = (~marked).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+    k, v, usable = _readable(store)
+    keys, values, position = take(k, place), take(v, place), store.position.gather(-1, place)
+    noise = torch.randn(keys.shape, generator=generator).to(keys.device)
+    told = unit_key(keys + CUE_NOISE * unit_key(noise)) @ fast.s
+    near = F.normalize(told, dim=-1) @ F.normalize(v, dim=-1).mT  # [B, H, M, S]
+    best = torch.where(usable[..., None, :], near, -torch.inf).amax(-1)
+    own = torch.cosine_similarity(told, values, dim=-1)
+    found = marked.gather(-1, place) & (own >= tolerance) & (own >= best - 1e-6)
+    free = torch.zeros_like(marked).scatter(-1, place, found)
+    later = torch.where(found, position, -1)
+    free |= (store.position >= 0) & _superseded(k, store.position, keys, later)
+    return _emptied(store, free), fast._replace(asleep=torch.full_like(fast.asleep, -1))
+
+
+def take(t: Tensor, place: Tensor) -> Tensor:
+    """Rows [B, H, n, ...] of t [B, H, S, ...] at place [B, H, n]."""
+    index = place.view(*place.shape, *[1] * (t.dim() - 3)).expand(*place.shape, *t.shape[3:])
+    return t.gather(2, index)
+
+
+def _readable(store: StoreState) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit keys and values [B, H, S, K] float32, and which places [B, H, S] hold a good pair."""
+    k, v = unit_key(store.k), store.v.float()
+    good = (store.position >= 0) & k.isfinite().all(-1) & v.isfinite().all(-1)
+    good &= (k.square().sum(-1) > 0.5) & (v.square().sum(-1) > 0)
+    k, v = (torch.where(good[..., None], t, 0.0) for t in (k, v))
+    return k, v, good
+
+
+def _known(told: Tensor, v: Tensor, tolerance: float) -> Tensor:
+    return torch.cosine_similarity(told, v, dim=-1) >= tolerance
+
+
+def _superseded(k: Tensor, position: Tensor, others: Tensor, others_at: Tensor) -> Tensor:
+    """Which of the keys k [B, H, n, K] at position [B, H, n] come again later among the others."""
+    same = k @ others.mT >= SAME_KEY
+    return (same & (others_at[..., None, :] > position[..., None])).any(-1)
+
+
+def _emptied(store: StoreState, free: Tensor) -> StoreState:
+    """The store without the pairs in the places `free` [B, H, S]."""
+    empty = {"k": 0, "v": 0, "score": -torch.inf, "mass": 0, "position": -1, "span": -1}
+    fields = {}
+    for name, value in empty.items():
+        t = getattr(store, name)
+        fields[name] = torch.where(free.view(*free.shape, *[1] * (t.dim() - 3)), value, t)
+    return store._replace(**fields)
