@@ -76,6 +76,20 @@ def judge(
     return Verdict(step, *(t.gather(-1, best)[..., 0] for t in (learned, kept, fall)))
 
 
+def known_after(fast: FastState, pairs: Pairs, tolerance: float) -> Tensor:
+    """Which of the written pairs [B, H, n] `fast` knows."""
+    told = torch.cosine_similarity(pairs.k @ fast.s, pairs.v, dim=-1)
+    return pairs.chosen & (told >= tolerance)
+
+
+def audit(fast: FastState, tolerance: float) -> tuple[Tensor, Tensor]:
+    """How many of the sealed pairs each head [B, H] knows, and how many it has."""
+    k, v, position = (t[:, :, PROBES // 2 :] for t in fast.probes)
+    told = torch.cosine_similarity(k.float() @ fast.s, v.float(), dim=-1)
+    known = (told >= tolerance) & (position >= 0)
+    return known.sum(-1), (position >= 0).sum(-1)
+
+
 def advance(fast: FastState, full: FastState, step: Tensor) -> FastState:
     """Go `step` [B, H] of the way; heads with step 0 stay as they are, those with 1 arrive."""
     parts = {}

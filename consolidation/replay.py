@@ -95,8 +95,8 @@ def release(
     place = (~marked).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
     k, v, usable = _readable(store)
     keys, values, position = take(k, place), take(v, place), store.position.gather(-1, place)
-    noise = torch.randn(keys.shape, generator=generator).to(keys.device)
-    told = unit_key(keys + CUE_NOISE * unit_key(noise)) @ fast.s
+    noise = torch.randn(k.shape[-2:], generator=generator).to(k.device)  # lanes get the same
+    told = unit_key(keys + CUE_NOISE * unit_key(noise)[place]) @ fast.s
     near = F.normalize(told, dim=-1) @ F.normalize(v, dim=-1).mT  # [B, H, M, S]
     best = torch.where(usable[..., None, :], near, -torch.inf).amax(-1)
     own = torch.cosine_similarity(told, values, dim=-1)

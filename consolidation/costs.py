@@ -1,0 +1,82 @@
+"""What each step of sleep costs, by closed formulas: known before it runs.
+
+FLOPs are those of matrix products (as torch counts them, 2 per multiply-add) and of linear algebra
+(K^3 / 3 per Cholesky factor, n^2 m per triangular solve). Bytes are those of the tensors that a
+step reads and writes, each once.
+
+Shapes: X lanes times heads, S store places, n pairs of a unit, M marked pairs, P probes, N cues of
+noise, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from wakesleep.consolidation.budget import Cost
+from wakesleep.consolidation.gate import NOISE_CUES
+from wakesleep.ttl.fast import PROBES
+
+
+class Sizes(NamedTuple):
+    """Of one layer's fast weights and store."""
+
+    heads: int  # X
+    places: int  # S
+    head_dim: int  # K
+    itemsize: int  # bytes of a number in the store
+
+
+def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
+    """Of finding the pairs of a unit: gains of all places, superseded ones, keys of probes."""
+    X, S, K, _ = sizes
+    n = min(num_pairs, S)
+    looked_at = min(2 * num_pairs, S)
+    adds = S * K * K + looked_at * S * K + n * PROBES * K
+    return Cost(2 * X * adds, _store(sizes) + _weights(sizes) + _probes(sizes))
+
+
+def write_cost(sizes: Sizes, num_pairs: int) -> Cost:
+    """Of the protected write of a unit, in float64."""
+    X, S, K, _ = sizes
+    n = min(num_pairs, S)
+    linalg = -(-(K**3) // 3) + 2 * K**3
+    return Cost(X * (2 * 4 * n * K * K + linalg), 2 * (2 * _weights(sizes) + X * 2 * n * K * 4))
+
+
+def mark_cost(sizes: Sizes) -> Cost:
+    """Of telling which stored pairs are given back."""
+    X, S, K, _ = sizes
+    return Cost(2 * X * S * K * K, _store(sizes) + _weights(sizes) + 2 * X * S * 8)
+
+
+def release_cost(sizes: Sizes, num_marked: int) -> Cost:
+    """Of asking for M marked pairs again, the most of any head, and freeing what is found."""
+    X, S, K, _ = sizes
+    M = num_marked
+    return Cost(2 * X * (M * K * K + 2 * M * S * K), 2 * _store(sizes) + _weights(sizes))
+
+
+def gate_cost(sizes: Sizes, num_pairs: int) -> Cost:
+    """Of judging a unit: old and new pairs, noise, and dropping probes that are no longer true."""
+    X, S, K, _ = sizes
+    n = min(num_pairs, S)
+    rows = 3 * (PROBES // 2) + 4 * n + 3 * NOISE_CUES
+    return Cost(2 * X * (rows * K * K + PROBES * n * K), 2 * _weights(sizes) + 2 * _probes(sizes))
+
+
+def audit_cost(sizes: Sizes) -> Cost:
+    """Of asking for the sealed half of the probes."""
+    X, _, K, _ = sizes
+    return Cost(2 * X * (PROBES // 2) * K * K, _weights(sizes) + _probes(sizes) // 2)
+
+
+def _store(sizes: Sizes) -> int:
+    return sizes.heads * sizes.places * (2 * sizes.head_dim * sizes.itemsize + 4 + 8)
+
+
+def _weights(sizes: Sizes) -> int:
+    return sizes.heads * 2 * sizes.head_dim**2 * 4
+
+
+def _probes(sizes: Sizes) -> int:
+    return sizes.heads * PROBES * (2 * sizes.head_dim * sizes.itemsize + 8)

@@ -1,0 +1,57 @@
+"""The cost of every step of sleep against torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wakesleep.consolidation.costs import (
+    Sizes,
+    audit_cost,
+    choose_cost,
+    gate_cost,
+    mark_cost,
+    release_cost,
+    write_cost,
+)
+from wakesleep.consolidation.gate import NOISE_CUES, audit, judge, known_after, without_superseded
+from wakesleep.consolidation.replay import change, choose, mark, release
+from wakesleep.ttl.fast import no_fast_weights, unit_key
+from wakesleep.ttl.state import SPAN, StoreState
+
+B, H = 2, 3
+
+
+def count(call, *inputs):
+    with FlopCounterMode(display=False) as counter:
+        result = call(*inputs)
+    return counter.get_total_flops(), result
+
+
+@pytest.mark.parametrize(("places", "head_dim", "num_pairs"), [(20, 8, 4), (5, 12, 8), (33, 5, 1)])
+def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs):
+    sizes = Sizes(B * H, places, head_dim, 4)
+    pair = torch.randn(2, B, H, places, head_dim)
+    number = torch.randn(B, H, places)
+    span = torch.zeros(B, H, places, SPAN, dtype=torch.int32)
+    store = StoreState(*pair, number, number, number.argsort(-1), span, number[..., :3])
+    fast = no_fast_weights(pair, B, H, head_dim, places)
+    linalg = B * H * (-(-(head_dim**3) // 3) + 2 * head_dim**3)
+
+    flops, pairs = count(choose, store, fast, num_pairs, 0.9)
+    assert flops == choose_cost(sizes, num_pairs).flops
+    flops, full = count(change, fast, pairs, 0.05)
+    assert flops + linalg == write_cost(sizes, num_pairs).flops
+    cues = unit_key(torch.randn(NOISE_CUES, head_dim))
+    flops = count(without_superseded, fast.probes, pairs)[0]
+    flops += count(judge, fast, full, pairs, cues, 0.9)[0]
+    flops += count(known_after, full, pairs, 0.9)[0]
+    assert flops == gate_cost(sizes, num_pairs).flops
+    assert count(audit, fast, 0.9)[0] == audit_cost(sizes).flops
+    flops, full = count(mark, store, full, 0.9)
+    assert flops == mark_cost(sizes).flops
+    most = int((full.asleep >= 0).sum(-1).max())
+    assert most > 0
+    flops, _ = count(release, store, full, 0.9, torch.Generator().manual_seed(0))
+    assert flops == release_cost(sizes, most).flops
+    for cost in (choose_cost(sizes, num_pairs), release_cost(sizes, most), mark_cost(sizes)):
+        assert cost.nbytes >= pair.numel() * 4 and cost.seconds == 0.0

@@ -1,0 +1,244 @@
+"""A whole sleep on a model that has read something: what it may spend, change, and put back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wakesleep.consolidation import sleep as sleep_module
+from wakesleep.consolidation.budget import Cost, Ledger
+from wakesleep.consolidation.sleep import SleepConfig, replay_sleep
+from wakesleep.consolidation.tail import tail_nats
+from wakesleep.ttl.memory import MemoryConfig
+from wakesleep.ttl.model import ModelConfig, TTLModel
+from wakesleep.ttl.state import named_tensors, select
+from wakesleep.ttl.store import StoreConfig
+
+VOCAB, B, H, K = 61, 2, 2, 16
+PLENTY = Ledger(wake=Cost(10**12))
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    dim=24,
+    num_layers=3,
+    num_heads=H,
+    head_dim=K,
+    mlp_dim=32,
+    window=8,
+    chunk=4,
+    memory_layers=(1,),
+    store_layers=(0, 2),
+    fast_layers=(0, 2),
+    memory=MemoryConfig(kind="matrix"),
+    store=StoreConfig(capacity=40, hidden=8),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> TTLModel:
+    torch.manual_seed(4)
+    return TTLModel(CONFIG).eval()
+
+
+def read(model, state=None, length=90, seed=0, batch=B):
+    tokens = torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model(tokens, model.init_state(batch) if state is None else state)[1]
+
+
+def sleep(model, state, ledger=PLENTY, seed=0, stop=lambda: False, **options):
+    generator = torch.Generator().manual_seed(seed)
+    config = SleepConfig(**{"rule": "replay", "offline_ratio": 1.0, "tail_loss": 1.0, **options})
+    return replay_sleep(model, state, config, ledger, generator, stop)
+
+
+def changed(a, b) -> set[str]:
+    pairs = zip(named_tensors(a), named_tensors(b), strict=True)
+    return {name for (name, x), (_, y) in pairs if not torch.equal(x, y)}
+
+
+def test_sleep_writes_what_the_store_holds_and_changes_nothing_else(model):
+    state = read(model)
+    after, ledger, report = sleep(model, state)
+    assert report.accepted and report.written > 20 and report.released == 0
+    wrote = [f"blocks.{layer}.fast." for layer in (0, 2)]
+    assert changed(state, after) and all(
+        name.startswith(tuple(wrote)) for name in changed(state, after)
+    )
+    for layer in (0, 2):
+        block = after.blocks[layer]
+        told = torch.nn.functional.normalize(block.store.k, dim=-1) @ block.fast.s
+        known = torch.cosine_similarity(told, block.store.v, dim=-1) >= 0.9
+        assert torch.equal(known & (block.store.position >= 0), block.fast.asleep >= 0)
+    assert ledger.sleep.flops > 0 and ledger.wake == PLENTY.wake
+
+
+def test_a_second_sleep_frees_the_places_of_what_is_still_known(model):
+    after, ledger, first = sleep(model, read(model))
+    later, _, second = sleep(model, after, ledger, seed=1)
+    assert 0 < second.released <= first.written
+    for layer in (0, 2):
+        gone = (after.blocks[layer].store.position >= 0) & (later.blocks[layer].store.position < 0)
+        assert gone.any() and (after.blocks[layer].fast.asleep[gone] >= 0).all()
+    assert second.audit > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "wake"), [({"offline_ratio": 0.0}, 10**12), ({}, 0), ({"passes": 0}, 10**12)]
+)
+def test_without_budget_or_passes_no_bit_changes(model, options, wake):
+    state, ledger = read(model), Ledger(wake=Cost(wake))
+    after, spent, report = sleep(model, state, ledger, **options)
+    assert not changed(state, after) and not report.accepted and report.written == 0
+    assert spent.sleep.flops == spent.wasted.flops == 0
+    assert spent == ledger or options.get("passes") == 0
+
+
+def test_whatever_the_budget_it_is_never_exceeded_and_more_of_it_does_more(model):
+    state, written = read(model), []
+    whole = sleep(model, state)[1]
+    total = whole.sleep.flops + whole.gate.flops + whole.wasted.flops
+    for wake in [1, total // 7, total // 3, total // 2, total - 1, total, 2 * total]:
+        _, ledger, report = sleep(model, state, Ledger(wake=Cost(wake)))
+        assert ledger.sleep.flops + ledger.gate.flops + ledger.wasted.flops <= wake
+        written.append(report.written)
+    assert written == sorted(written) and written[0] == 0 and written[2] > 0
+    assert written[-1] == written[-2] > written[2]
+
+
+def test_what_is_paid_is_at_least_what_torch_counts(model):
+    state = read(model)
+    with FlopCounterMode(display=False) as counter:
+        _, ledger, report = sleep(model, state)
+    paid = ledger.sleep.flops + ledger.gate.flops + ledger.wasted.flops
+    factors = report.units * B * H * (-(-(K**3) // 3) + 2 * K**3)
+    assert 0 <= paid - factors - counter.get_total_flops() < 0.05 * paid
+
+
+@pytest.mark.parametrize("lanes", [[1], [0, 1]])
+def test_a_lane_that_predicts_its_window_worse_is_put_back(model, monkeypatch, lanes):
+    state, calls = read(model), []
+    nats = sleep_module.tail_nats
+
+    def spoiled(model, state):
+        calls.append(nats(model, state))
+        if len(calls) == 2:
+            calls[-1][lanes] += 2.0
+        return calls[-1]
+
+    _, usual, _ = sleep(model, state)
+    monkeypatch.setattr(sleep_module, "tail_nats", spoiled)
+    after, ledger, report = sleep(model, state)
+    for lane in range(B):
+        one = torch.tensor([lane])
+        assert bool(changed(select(state, one), select(after, one))) == (lane not in lanes)
+    assert report.accepted == (len(lanes) == 1) and report.tail_after > report.tail_before
+    assert (report.reason == "the window was predicted worse") == (len(lanes) == 2)
+    assert ledger.sleep.flops == pytest.approx(usual.sleep.flops * (1 - len(lanes) / B), abs=1)
+    assert sum(x.flops for x in ledger[1:4]) == sum(x.flops for x in usual[1:4])
+
+
+@torch.no_grad()
+def test_the_window_is_read_again_with_store_memory_and_fast_weights_as_they_are(model):
+    state = read(model, length=88)
+    nats = tail_nats(model, state)
+    on = read(model, state, length=2)  # of the open chunk nothing is asked
+    assert nats.shape == (B, 7) and torch.equal(nats, tail_nats(model, on))
+    blocks = list(state.blocks)
+    for layer, part in ((0, "fast"), (1, "memory"), (2, "store")):
+        block = blocks[layer]
+        match part:
+            case "fast":
+                model.blocks[0].attention.fast.gate.data.fill_(1.0)
+                other = block._replace(fast=block.fast._replace(s=torch.randn(B, H, K, K)))
+            case "memory":
+                weights = tuple(map(torch.randn_like, block.memory.weights))
+                other = block._replace(memory=block.memory._replace(weights=weights))
+            case "store":
+                other = block._replace(store=block.store._replace(v=torch.randn(B, H, 40, K)))
+        spoiled = tuple(other if at == layer else b for at, b in enumerate(blocks))
+        assert not torch.allclose(tail_nats(model, state._replace(blocks=spoiled)), nats), part
+        model.blocks[0].attention.fast.gate.data.zero_()
+    assert tail_nats(model, read(model, length=7)) is None
+
+
+def test_an_interrupted_sleep_keeps_the_units_that_were_done(model):
+    state, asked = read(model), []
+    whole = sleep(model, state)[2]
+    after, _, report = sleep(model, state, stop=lambda: len(asked) == 3 or asked.append(1))
+    assert report.reason == "interrupted" and report.units == 3 < whole.units
+    assert report.accepted and changed(state, after)
+    untouched, ledger, report = sleep(model, state, stop=lambda: True)
+    assert not changed(state, untouched) and ledger.sleep.flops == 0 and not report.accepted
+
+
+def test_the_same_seed_gives_the_same_bits_and_lanes_do_not_see_each_other(model):
+    state = read(model)
+    for _ in range(2):
+        after, ledger, _ = sleep(model, state)
+        again, other, _ = sleep(model, state)
+        assert not changed(after, again)
+        assert ledger.sleep.flops == other.sleep.flops
+        state = after
+    first = torch.tensor([0])
+    alone = select(read(model), first)
+    for _ in range(2):
+        alone = sleep(model, alone)[0]
+    for (name, a), (_, b) in zip(
+        named_tensors(alone), named_tensors(select(after, first)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_reading_goes_on_behind_a_sleep_and_stays_finite(model):
+    state, ledger = read(model, length=60), PLENTY
+    for night in range(12):
+        state, ledger, report = sleep(model, state, ledger, seed=night)
+        state = read(model, state, length=37, seed=night)
+        assert report.reason in ("nothing more to write", "all passes were made")
+    for name, t in named_tensors(state):
+        assert not t.is_floating_point() or t.nan_to_num(neginf=0.0).isfinite().all(), name
+
+
+def test_an_empty_store_and_a_short_stream_are_slept_over_without_harm(model):
+    for length in (1, 9):
+        state = read(model, length=length)
+        after, _, report = sleep(model, state)
+        assert not changed(state, after) and report.reason == "nothing more to write"
+
+
+def test_a_model_that_cannot_sleep_is_refused():
+    without = TTLModel(
+        ModelConfig(
+            vocab_size=VOCAB,
+            dim=24,
+            num_layers=2,
+            num_heads=H,
+            head_dim=K,
+            mlp_dim=16,
+            window=8,
+            chunk=4,
+            memory_layers=(),
+            store_layers=(0,),
+            fast_layers=(1,),
+        )
+    )
+    with pytest.raises(ValueError, match=r"fast_layers \[1\], store_layers \[0\]"):
+        sleep(without, without.init_state(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offline_ratio": -1.0},
+        {"burst": math.nan},
+        {"passes": -1},
+        {"tolerance": 1.0},
+        {"tail_loss": -0.1},
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SleepConfig(**options)
