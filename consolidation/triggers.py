@@ -1,0 +1,107 @@
+"""Triggers: when a system wants to sleep. Whether it may is the budget's business.
+
+    every      `every` tokens were read since the last sleep
+    eviction   as many tokens as the window holds were read since the last sleep
+    pressure   the store is nearly full of pairs that the fast weights do not know, until it is not
+    surprise   more surprise than usual has summed up since the last sleep
+    idle       nothing is left to read
+
+Several of them ask together (any). Surprise alone would ask for ever on a stream of noise: sleeps
+that come to nothing double the distance to the next one, except for the two that count tokens.
+
+The state is a tuple of plain numbers: what was observed goes in, the next state comes out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Trigger = Literal["every", "eviction", "pressure", "surprise", "idle"]
+
+HORIZON = 65_536  # tokens over which the running mean of surprise forgets
+MOST_DOUBLINGS = 10
+PATIENCE = 2  # sleeps in a row that may come to nothing before the distance is doubled
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerConfig:
+    trigger: tuple[Trigger, ...] = ("pressure",)  # any of them asks
+    every: int = 65_536  # tokens between two sleeps of `every`, and the shortest distance of others
+    high: float = 0.8  # pressure from which on sleep is wanted
+    low: float = 0.5  # pressure below which it is not any more
+    surprise: float = 4096.0  # sum of surprise above its mean, in means
+
+    def __post_init__(self) -> None:
+        if not self.trigger:
+            raise ValueError("trigger must name at least one of every, eviction, pressure, ...")
+        if not 1 <= self.every <= 2**40:
+            raise ValueError(f"every must be from 1 to 2^40 tokens, got {self.every}")
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(
+                f"low and high must be from 0 to 1, in order, got {self.low}, {self.high}"
+            )
+        if not 0 < self.surprise < math.inf:
+            raise ValueError(f"surprise must be above 0, got {self.surprise}")
+
+
+class TriggerState(NamedTuple):
+    """What triggers remember of a stream."""
+
+    slept_at: int = 0  # tokens read at the last sleep
+    pressed: bool = False  # the pressure was high, and has not been low since
+    weight: float = 0.0  # tokens that the mean of surprise stands for
+    mean: float = 0.0  # of surprise
+    excess: float = 0.0  # surprise above the mean since the last sleep
+    in_vain: int = 0  # sleeps in a row that came to nothing
+
+
+class Signals(NamedTuple):
+    """What is known of a stream at a boundary between segments; of several lanes, the means."""
+
+    tokens: int  # read so far
+    segment: int  # of these in the last segment
+    surprise: float  # mean of the last segment
+    pressure: float  # share of the store's places that hold a pair the fast weights do not know
+    idle: bool = False  # nothing is left to read
+
+
+def observe(config: TriggerConfig, state: TriggerState, signals: Signals) -> TriggerState:
+    """The state after a segment was read."""
+    n = signals.segment
+    above = max(0.0, signals.surprise - state.mean) * n if state.weight else 0.0
+    weight = min(state.weight, HORIZON) + n
+    mean = state.mean + (signals.surprise - state.mean) * n / max(weight, 1)
+    pressed = signals.pressure >= config.high or (state.pressed and signals.pressure > config.low)
+    return state._replace(weight=weight, mean=mean, excess=state.excess + above, pressed=pressed)
+
+
+def wanted(
+    config: TriggerConfig, state: TriggerState, signals: Signals, window: int
+) -> Trigger | None:
+    """The first trigger that asks for sleep now, None if none does."""
+    since = signals.tokens - state.slept_at
+    doublings = min(state.in_vain // PATIENCE, MOST_DOUBLINGS)
+    apart = since >= config.every * 2**doublings
+    for trigger in config.trigger:
+        match trigger:
+            case "every":
+                asks = since >= config.every
+            case "eviction":
+                asks = since >= window
+            case "pressure":
+                asks = apart and state.pressed
+            case "surprise":
+                asks = apart and state.excess >= config.surprise * state.mean > 0
+            case "idle":
+                asks = signals.idle and since > 0
+        if asks:
+            return trigger
+    return None
+
+
+def after_sleep(state: TriggerState, signals: Signals, gained: bool) -> TriggerState:
+    """The state after a sleep, which wrote or released something if it `gained`."""
+    in_vain = 0 if gained else state.in_vain + 1
+    return state._replace(slept_at=signals.tokens, excess=0.0, in_vain=in_vain)
