@@ -17,13 +17,12 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wakesleep.consolidation.budget import Asleep, Budget, Cost, Ledger
+from wakesleep.consolidation.budget import Asleep, Cost, Ledger
 from wakesleep.consolidation.costs import (
     Sizes,
     audit_cost,
@@ -43,36 +42,13 @@ from wakesleep.consolidation.gate import (
     without_superseded,
 )
 from wakesleep.consolidation.replay import change, choose, mark, release, take
+from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.consolidation.tail import tail_flops, tail_nats
 from wakesleep.ttl.fast import unit_key
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import BlockState, FastState, StreamState, map_state, merge
 
 CONFIDENCE = 1.64  # standard errors of a one-sided bound of 95 %
-
-
-@dataclass(frozen=True, kw_only=True)
-class SleepConfig:
-    rule: Literal["none", "replay"] = "none"
-    offline_ratio: float = 0.25  # FLOPs of sleep per FLOP of reading, all of sleep counted
-    burst: float = math.inf  # FLOPs that can be saved up
-    passes: int = 8  # units of a layer in one sleep, at most
-    tolerance: float = 0.9  # cosine of an answer with the value, from which on a pair is known
-    tail_loss: float = 0.01  # nats per token that the prediction of the window may lose
-
-    def __post_init__(self) -> None:
-        Budget(offline_ratio=self.offline_ratio, burst=self.burst)
-        if not 0 <= self.passes <= 10_000:
-            raise ValueError(f"passes must be from 0 to 10000, got {self.passes}")
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must be between 0 and 1, got {self.tolerance}")
-        if not 0 <= self.tail_loss < math.inf:
-            raise ValueError(f"tail_loss must be at least 0 nats, got {self.tail_loss}")
-
-    @property
-    def budget(self) -> Budget:
-        """The bucket that everything is paid from."""
-        return Budget(offline_ratio=self.offline_ratio, burst=self.burst)
 
 
 class SleepReport(NamedTuple):
@@ -131,6 +107,22 @@ def check_model(model: TTLModel) -> list[int]:
     return layers
 
 
+def least_cost(model: TTLModel, state: StreamState) -> int:
+    """FLOPs below which a sleep would not begin."""
+    night = _Night(model, state, SleepConfig(), Ledger(), torch.Generator())
+    return night.least
+
+
+def pressure(state: StreamState) -> float:
+    """Share of the places of all stores beside fast weights that hold what these do not know."""
+    held = places = 0
+    for block in state.blocks:
+        if block.store is not None and block.fast.asleep.numel():
+            waiting = (block.store.position >= 0) & (block.fast.asleep != block.store.position)
+            held, places = held + int(waiting.sum()), places + waiting.numel()
+    return held / places if places else 0.0
+
+
 class _Night:
     """One sleep while it goes on: a state that nobody else has seen, and what it cost."""
 
@@ -146,11 +138,15 @@ class _Night:
         audits = (audit_cost(self._sizes(layer)) for layer in self.layers)
         self.last_cost = functools.reduce(Cost.plus, audits, self.tail_cost)
 
+    @property
+    def least(self) -> int:
+        """FLOPs of a look at the window, one unit, and the last look."""
+        unit = self._unit_cost(self._sizes(self.layers[0]))
+        return self.tail_cost.flops + self.last_cost.flops + unit.flops
+
     def run(self, stop: Callable[[], bool]) -> str:
         """Release, then write unit by unit; returns why it ended."""
-        first = self._sizes(self.layers[0])
-        needed = self.tail_cost.flops + self.last_cost.flops + self._unit_cost(first).flops
-        if self.config.budget.level(self.ledger) < needed:
+        if self.config.budget.level(self.ledger) < self.least:
             return "the budget is smaller than one unit"
         self._spend("gate", self.tail_cost)
         self.tail = tail_nats(self.model, self.start)

@@ -14,36 +14,13 @@ The state is a tuple of plain numbers: what was observed goes in, the next state
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Trigger = Literal["every", "eviction", "pressure", "surprise", "idle"]
+from wakesleep.consolidation.sleep_config import SleepConfig, Trigger
 
 HORIZON = 65_536  # tokens over which the running mean of surprise forgets
 MOST_DOUBLINGS = 10
 PATIENCE = 2  # sleeps in a row that may come to nothing before the distance is doubled
-
-
-@dataclass(frozen=True, kw_only=True)
-class TriggerConfig:
-    trigger: tuple[Trigger, ...] = ("pressure",)  # any of them asks
-    every: int = 65_536  # tokens between two sleeps of `every`, and the shortest distance of others
-    high: float = 0.8  # pressure from which on sleep is wanted
-    low: float = 0.5  # pressure below which it is not any more
-    surprise: float = 4096.0  # sum of surprise above its mean, in means
-
-    def __post_init__(self) -> None:
-        if not self.trigger:
-            raise ValueError("trigger must name at least one of every, eviction, pressure, ...")
-        if not 1 <= self.every <= 2**40:
-            raise ValueError(f"every must be from 1 to 2^40 tokens, got {self.every}")
-        if not 0 <= self.low <= self.high <= 1:
-            raise ValueError(
-                f"low and high must be from 0 to 1, in order, got {self.low}, {self.high}"
-            )
-        if not 0 < self.surprise < math.inf:
-            raise ValueError(f"surprise must be above 0, got {self.surprise}")
 
 
 class TriggerState(NamedTuple):
@@ -67,7 +44,7 @@ class Signals(NamedTuple):
     idle: bool = False  # nothing is left to read
 
 
-def observe(config: TriggerConfig, state: TriggerState, signals: Signals) -> TriggerState:
+def observe(config: SleepConfig, state: TriggerState, signals: Signals) -> TriggerState:
     """The state after a segment was read."""
     n = signals.segment
     above = max(0.0, signals.surprise - state.mean) * n if state.weight else 0.0
@@ -78,7 +55,7 @@ def observe(config: TriggerConfig, state: TriggerState, signals: Signals) -> Tri
 
 
 def wanted(
-    config: TriggerConfig, state: TriggerState, signals: Signals, window: int
+    config: SleepConfig, state: TriggerState, signals: Signals, window: int
 ) -> Trigger | None:
     """The first trigger that asks for sleep now, None if none does."""
     since = signals.tokens - state.slept_at

@@ -94,6 +94,7 @@ class Manifest:
     facts: tuple[PlantedFact, ...] = ()
     metrics_bytes: int = 0  # of metrics.jsonl that belong to this snapshot
     ids_bytes: int = 0  # of ids.bin
+    sleeps_bytes: int = 0  # of sleeps.jsonl
     ids_dtype: str = "uint16"
     meters: Meters = field(default_factory=Meters)
 

@@ -13,6 +13,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from wakesleep.consolidation.budget import Cost, Ledger
+from wakesleep.consolidation.triggers import TriggerState
+
 SHORTEST = 1e-6  # seconds, the first bucket of a histogram
 RATIO = 1.05  # between the bounds of a bucket: a percentile is exact to 5 %
 LONGEST = 1e7  # seconds; 614 buckets at most
@@ -69,10 +72,16 @@ class Meters:
     line: Span = field(default_factory=Span)  # since the last line of metrics
     seconds: float = 0.0  # by a monotonic clock, from the first segment of a call to its last
     line_seconds: float = 0.0  # the same, since the last line of metrics
-    wake_flops: int = 0
+    ledger: Ledger = field(default_factory=Ledger)  # what reading and sleep cost
+    triggers: TriggerState = field(default_factory=TriggerState)  # of the wish to sleep
+    sleeps: int = 0
     nonfinite_rows: int = 0
     pauses: Histogram = field(default_factory=Histogram)
     resumed_at: list[int] = field(default_factory=list)  # tokens of the session
+
+    @property
+    def wake_flops(self) -> int:
+        return self.ledger.wake.flops
 
     def add(self, span: Span) -> None:
         self.total.add(span)
@@ -99,6 +108,8 @@ class Meters:
                 line=_span(given.pop("line")),
                 pauses=Histogram(counts, _number(pauses.pop("longest"), float)),
                 resumed_at=[_number(n, int) for n in given.pop("resumed_at")],
+                ledger=_ledger(given.pop("ledger")),
+                triggers=_triggers(given.pop("triggers")),
                 **{f: _number(given.pop(f), kind) for f, kind in _NUMBERS.items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -108,12 +119,35 @@ class Meters:
         return meters
 
 
-_NUMBERS = {"seconds": float, "line_seconds": float, "wake_flops": int, "nonfinite_rows": int}
+_NUMBERS = {"seconds": float, "line_seconds": float, "sleeps": int, "nonfinite_rows": int}
 
 
 def _span(values: dict[str, Any]) -> Span:
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Span)}
     return Span(**{name: _number(value, kinds[name]) for name, value in dict(values).items()})
+
+
+def _ledger(values: list[Any]) -> Ledger:
+    wake, sleep, gate, wasted, granted, lost = values
+    kinds = (int, int, float)
+    costs = [
+        Cost(*(_number(value, kind) for value, kind in zip(cost, kinds, strict=True)))
+        for cost in (wake, sleep, gate, wasted)
+    ]
+    return Ledger(*costs, _number(granted, int), _number(lost, int))
+
+
+def _triggers(values: list[Any]) -> TriggerState:
+    kinds = [type(value) for value in TriggerState()]
+    return TriggerState(*(_plain(v, kind) for v, kind in zip(values, kinds, strict=True)))
+
+
+def _plain(value: Any, kind: type) -> Any:
+    if kind is not bool:
+        return _number(value, kind)
+    if type(value) is not bool:
+        raise ValueError(f"meters hold {str(value)[:40]!r} where true or false belongs")
+    return value
 
 
 def _bucket(name: str) -> int:

@@ -72,10 +72,33 @@ class Progress:
             else:
                 self._console.say(line)
 
+    def sleeping(self, tokens: int) -> None:
+        """Show that it sleeps now."""
+        if self._bar:
+            self._bar.sleep()
+
+    def slept(self, line: Mapping[str, Any]) -> None:
+        """Show what a sleep came to."""
+        if self._bar:
+            self._bar.print(dream(line))
+        else:
+            self._console.say(dream(line))
+
 
 def on_terminal() -> bool:
     """Tell whether people look at stderr on a screen that can redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def dream(line: Mapping[str, Any]) -> str:
+    """A line of sleeps.jsonl in words."""
+    what = f"{line['written']:,} pairs written, {line['released']:,} places freed"
+    if not line["accepted"]:
+        what = "nothing changed"
+    return (
+        f"slept after {count(line['tokens'])} tokens ({line['trigger']}, "
+        f"{duration(line['seconds'])}): {what}; {line['reason']}"
+    )
 
 
 def progressed(tokens: int, total: float) -> str:
@@ -153,6 +176,11 @@ class _Bar:
         self._live.update(
             self._task, completed=line["tokens"], description=f"{place}\n{figures(line)}"
         )
+
+    def sleep(self) -> None:
+        task = self._live.tasks[0]
+        place = str(task.description).partition("\n")[0]
+        self._live.update(self._task, description=f"{place}\nasleep")
 
     def print(self, text: str) -> None:
         self._live.console.print(text, soft_wrap=True)

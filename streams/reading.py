@@ -14,9 +14,10 @@ from typing import Any, Protocol, TypeVar
 from wakesleep.streams.manifest import DocumentRecord, Manifest
 from wakesleep.streams.planting import ask_facts, inserts_of, sample_of
 from wakesleep.streams.reading_plan import ReadingPlan, Task
-from wakesleep.streams.recorder import IDS, METRICS, Recorder
+from wakesleep.streams.recorder import IDS, METRICS, SLEEPS, Recorder
 from wakesleep.streams.runner import Carried, StreamRunner
 from wakesleep.streams.segments import Insert, SegmentReader
+from wakesleep.streams.sleeping import Sleeper
 from wakesleep.streams.snapshot import write_manifest, write_snapshot
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.token_reader import TokenReader, open_tokens
@@ -38,6 +39,12 @@ class Watch(Protocol):
     def answers(self, tokens: int, facts: Sequence[Mapping[str, Any]]) -> None:
         """Planted facts were asked after `tokens` tokens."""
 
+    def sleeping(self, tokens: int) -> None:
+        """A sleep begins after `tokens` tokens."""
+
+    def slept(self, line: Mapping[str, Any]) -> None:
+        """A sleep has ended; a line was added to sleeps.jsonl."""
+
 
 class Reading:
     """One call of `stream`: carry out a plan and keep the folder up to date."""
@@ -55,6 +62,9 @@ class Reading:
         """saved: what the manifest's state file holds, if that is the runner's."""
         self.folder, self.manifest, self.runner, self.saved = folder, manifest, runner, saved
         self._recorder, self._stop, self._watch = recorder, stop, watch
+        config, self._sleeper = manifest.config, None
+        if config.sleep.rule != "none":
+            self._sleeper = Sleeper(config.sleep, config.seed, runner)
 
     def carry_out(self, plan: ReadingPlan, source: str | None, first: TokenReader) -> None:
         """Read all tasks of `plan`; the last snapshot is that of the end.
@@ -81,6 +91,7 @@ class Reading:
             tokens = tokens or open_tokens(task.document, self.runner.language_model.tokenizer)
             used += self._read_document(task.index, tokens, left)
             tokens = None
+        self._sleep_if_due(idle=True)
         self.finish()
 
     def finish(self) -> None:
@@ -99,6 +110,7 @@ class Reading:
             meters=self.runner.meters,
             metrics_bytes=lengths[METRICS],
             ids_bytes=lengths.get(IDS, 0),
+            sleeps_bytes=lengths.get(SLEEPS, self.manifest.sleeps_bytes),
         )
         if self.saved is self.runner.carried:
             write_manifest(self.folder, self.manifest)
@@ -117,6 +129,7 @@ class Reading:
             inserted=record.inserted,
             limit=limit,
         )
+        self._sleep_if_due()  # a signal may have come in the middle of a sleep
         while segment := self.fetch(reader.read):
             before = self.runner.tokens
             self.runner.read(segment)
@@ -147,6 +160,9 @@ class Reading:
     def after_segment(self, before: int) -> None:
         """Do what is due between `before` and the tokens that are read now."""
         now = self.runner.tokens
+        if self._sleeper is not None:
+            self._sleeper.observe(now - before)
+            self._sleep_if_due()
         if now // METRICS_EVERY > before // METRICS_EVERY:
             self._write_metrics()
         if self._watch is not None and any(before < asked <= now for asked in ASKED_AT):
@@ -160,6 +176,21 @@ class Reading:
             self.save()
         if stopping:
             raise Stopped(self._stop.number)
+
+    def _sleep_if_due(self, *, idle: bool = False) -> None:
+        """Sleep, if it is wanted here; a signal ends it, and nothing of it has happened."""
+        if self._sleeper is None or self._stop:
+            return
+        trigger = self._sleeper.due(idle=idle)
+        if trigger is None:
+            return
+        if self._watch is not None:
+            self._watch.sleeping(self.runner.tokens)
+        line = self._sleeper.sleep(trigger, stop=lambda: bool(self._stop))
+        if line is not None:
+            self._recorder.slept(line)
+            if self._watch is not None:
+                self._watch.slept(line)
 
     def _write_metrics(self) -> None:
         line = self.runner.metrics_line()

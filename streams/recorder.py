@@ -1,4 +1,4 @@
-"""The files of a session that grow: token ids and lines of metrics.
+"""The files of a session that grow: token ids, lines of metrics and of sleeps.
 
 They are written without buffers of our own, so that a failed write fails at once and a reader sees
 whole lines. What stands behind the manifest's lengths is from a process that was killed; it is cut
@@ -19,12 +19,12 @@ import numpy as np
 
 from wakesleep.streams.errors import Refused
 
-IDS, METRICS = "ids.bin", "metrics.jsonl"
+IDS, METRICS, SLEEPS = "ids.bin", "metrics.jsonl", "sleeps.jsonl"
 SPARE_BYTES = 64 << 20  # left free on the disk
 
 
 class Recorder:
-    """Append to ids.bin and metrics.jsonl of a folder, from known lengths on.
+    """Append to the growing files of a folder, from known lengths on.
 
     Args:
         lengths: bytes of each file that count, by its name; a file without an entry is not kept.
@@ -56,7 +56,11 @@ class Recorder:
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """Append one line."""
-        self._append(METRICS, json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._line(METRICS, line)
+
+    def slept(self, line: Mapping[str, Any]) -> None:
+        """Append what a sleep came to."""
+        self._line(SLEEPS, line)
 
     def sync(self) -> dict[str, int]:
         """Bring everything to the disk and return the files' lengths."""
@@ -68,6 +72,9 @@ class Recorder:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
+
+    def _line(self, name: str, line: Mapping[str, Any]) -> None:
+        self._append(name, json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def _append(self, name: str, data: bytes) -> None:
         left = memoryview(data)

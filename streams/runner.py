@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from wakesleep.consolidation.budget import Budget, Cost
 from wakesleep.streams.language_model import LanguageModel
 from wakesleep.streams.meters import Meters, Span
 from wakesleep.streams.segments import Segment
@@ -37,6 +38,7 @@ class StreamRunner:
     Args:
         carried: where to start; lanes that have read nothing if None.
         meters: totals so far; they are added to.
+        budget: of sleep, which fills while something is read.
     """
 
     def __init__(
@@ -48,11 +50,14 @@ class StreamRunner:
         lanes: int = 1,
         window: int | None = None,
         capacity: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.language_model = language_model
+        self.budget = budget or Budget()
         sizes = {"window": window, "capacity": capacity}
         self.carried = carried or fresh(language_model, lanes, **sizes)
         self.meters = meters or Meters()
+        self.last_surprise = 0.0  # mean of the last segment
         self._idle_since: float | None = None
 
     @property
@@ -106,17 +111,17 @@ class StreamRunner:
         logits, stream, stats = model(tokens, before.stream, counts)
         nats = _nats(before.logits, logits, tokens).cpu()
         inside = torch.arange(ids.shape[1], device=device) < counts[:, None]
-        self.meters.add(
-            Span(
-                tokens=int(lengths.sum()),
-                text_tokens=int(text.sum()),
-                text_bytes=self.language_model.tokenizer.num_bytes(ids[text]),
-                nats=float(nats[torch.from_numpy(text)].sum()),
-                surprise=float(stats.surprise.double()[inside].sum()),
-            )
+        span = Span(
+            tokens=int(lengths.sum()),
+            text_tokens=int(text.sum()),
+            text_bytes=self.language_model.tokenizer.num_bytes(ids[text]),
+            nats=float(nats[torch.from_numpy(text)].sum()),
+            surprise=float(stats.surprise.double()[inside].sum()),
         )
+        self.meters.add(span)
+        self.last_surprise = span.surprise / max(1, span.tokens)
         self.meters.nonfinite_rows += int(stats.nonfinite.sum())
-        self.meters.wake_flops += self._flops(before.stream.position.tolist(), lengths.tolist())
+        self._earn(before.stream.position.tolist(), lengths.tolist(), time.monotonic() - begin)
         last = logits[torch.arange(len(ids), device=device), (counts - 1).clamp(min=0)]
         last = torch.where(counts[:, None] > 0, last, before.logits)
         self.carried = Carried(stream, last)
@@ -128,15 +133,18 @@ class StreamRunner:
         logits = torch.where(lanes[:, None], 0.0, self.carried.logits)
         self.carried = Carried(stream, logits)
 
-    def _flops(self, positions: list[int], lengths: list[int]) -> int:
-        """Cost of reading so many tokens from there on, lane by lane."""
+    def _earn(self, positions: list[int], lengths: list[int], seconds: float) -> None:
+        """Book what it cost to read so many tokens from there on, lane by lane."""
         model = self.language_model.model
         sizes = {"window": model.window_of(self.state), "capacity": capacity_of(self.state)}
-        return sum(
+        flops = sum(
             wake_flops(model.config, position, length, **sizes)
             for position, length in zip(positions, lengths, strict=True)
             if length
         )
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        cost = Cost(flops, weights + 2 * self.state_bytes, seconds)
+        self.meters.ledger = self.budget.earn(self.meters.ledger, cost)
 
     def _count_seconds(self, now: float) -> None:
         if self._idle_since is not None:
@@ -155,6 +163,7 @@ class StreamRunner:
             "store_fill": store_fill(self.state),
             "nonfinite_rows": meters.nonfinite_rows,
             "wake_flops": meters.wake_flops,
+            "sleep_flops": sum(cost.flops for cost in meters.ledger[1:4]),
             "seconds": meters.seconds,
             "tokens_per_second": speed,
         }

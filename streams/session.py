@@ -27,7 +27,14 @@ from wakesleep.streams.planting import ask_facts
 from wakesleep.streams.preparing import Prepared, prepare_reading, with_fact_count
 from wakesleep.streams.reading import Reading, Watch
 from wakesleep.streams.reading_plan import ReadingPlan
-from wakesleep.streams.recorder import IDS, METRICS, Recorder, check_length, check_space
+from wakesleep.streams.recorder import (
+    IDS,
+    METRICS,
+    SLEEPS,
+    Recorder,
+    check_length,
+    check_space,
+)
 from wakesleep.streams.runner import Carried, StreamRunner
 from wakesleep.streams.session_loading import Loaded, environment_of, load_session
 from wakesleep.streams.snapshot import (
@@ -39,7 +46,7 @@ from wakesleep.streams.snapshot import (
 )
 from wakesleep.streams.stopping import StopSignals
 from wakesleep.streams.stream_config import StreamConfig
-from wakesleep.streams.summary import read_summary, summarise, write_summary
+from wakesleep.streams.summary import read_sleeps, read_summary, summarise, write_summary
 from wakesleep.streams.token_reader import TokenReader, open_tokens
 from wakesleep.ttl.files import write_atomically
 
@@ -82,6 +89,7 @@ class Session:
                 manifest = read_manifest(folder)
                 check_length(folder / METRICS, manifest.metrics_bytes)
                 check_length(folder / IDS, manifest.ids_bytes)
+                check_length(folder / SLEEPS, manifest.sleeps_bytes)
             loaded = load_session(folder, manifest, options, model)
             return cls(folder, loaded, lock.pop_all())
 
@@ -256,7 +264,7 @@ class Session:
 
     def _refuse_others(self) -> None:
         """Files of the same names that are no session's are not ours to write over."""
-        for name in (IDS, METRICS):
+        for name in (IDS, METRICS, SLEEPS):
             if os.path.lexists(self.folder / name):
                 raise Refused(
                     f"{self.folder} holds {name} but no session.json",
@@ -283,6 +291,8 @@ class Session:
         lengths = {METRICS: self.manifest.metrics_bytes}
         if self.config.keep_ids:
             lengths[IDS] = self.manifest.ids_bytes
+        if self.config.sleep.rule != "none" or self.manifest.sleeps_bytes:
+            lengths[SLEEPS] = self.manifest.sleeps_bytes
         stop = StopSignals()
         main = threading.current_thread() is threading.main_thread()
         with (
@@ -303,7 +313,8 @@ class Session:
         """Ask all planted facts and write summary.json."""
         facts = [fact for fact in self.manifest.facts if fact.positions[-1] < self.tokens]
         rows = ask_facts(self.language_model, self.runner.state, facts, self.tokens)
-        summary = summarise(self.manifest, self.runner.state_bytes, rows)
+        sleeps = read_sleeps(self.folder, self.manifest.sleeps_bytes)
+        summary = summarise(self.manifest, self.runner.state_bytes, rows, sleeps)
         write_summary(self.folder, summary)
         return summary
 

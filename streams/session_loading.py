@@ -20,6 +20,7 @@ from wakesleep.streams.language_model import (
 )
 from wakesleep.streams.manifest import Manifest
 from wakesleep.streams.runner import Carried, StreamRunner, capacity_of, on_meta, to_device
+from wakesleep.streams.sleeping import check_sleep
 from wakesleep.streams.snapshot import read_snapshot
 from wakesleep.streams.stream_config import FIXED_KEYS, StreamConfig
 from wakesleep.ttl.resize import resize_state
@@ -59,6 +60,7 @@ def load_session(
     if not isinstance(model, LanguageModel):
         dtype = pick_dtype(config.dtype, pick_device(config.device))
         model = load_language_model(config.model, dtype=dtype, device=config.device)
+    check_sleep(config.sleep, model.model)
     dtype = str(next(model.model.parameters()).dtype).removeprefix("torch.")
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=dtype)
@@ -70,11 +72,12 @@ def load_session(
         keep_ids = config.lanes == 1 if config.keep_ids is None else config.keep_ids
         config = dataclasses.replace(config, threads=torch.get_num_threads(), keep_ids=keep_ids)
         sizes = {"window": config.window, "capacity": config.store.capacity}
-        runner = StreamRunner(model, lanes=config.lanes, **sizes)
+        runner = StreamRunner(model, lanes=config.lanes, budget=config.sleep.budget, **sizes)
         return Loaded(config, None, model, runner, None, [])
     _check_model(manifest, model)
     notes = _differences(manifest, config, model)
     runner = _load_runner(folder, manifest, model)
+    runner.budget = config.sleep.budget
     saved = runner.carried
     _resize(runner, config)
     unchanged = runner.carried is saved

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from wakesleep.consolidation.sleep_config import SleepConfig
+
 # Fixed for a session's life, as model and tokenizer are: another value needs another session.
 FIXED_KEYS = ("dtype", "seed", "lanes", "keep_ids", "facts.count", "facts.seed", "facts.kinds")
 
@@ -40,6 +42,7 @@ class StreamConfig:
     window: int | None = None  # tokens of exact short-term memory; none: the model's
     store: StoreOptions = field(default_factory=StoreOptions)
     facts: FactsOptions = field(default_factory=FactsOptions)
+    sleep: SleepConfig = field(default_factory=SleepConfig)
     segment_len: int = 2048  # tokens of one model call
     save_every: int | float = 1_000_000  # tokens between snapshots, rounded up to whole segments
     keep_ids: bool | None = None  # append every token id to ids.bin; none: with one lane

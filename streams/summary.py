@@ -8,6 +8,7 @@ from typing import Any
 
 from wakesleep.streams.manifest import Manifest
 from wakesleep.streams.meters import peak_rss_bytes
+from wakesleep.streams.recorder import SLEEPS
 from wakesleep.ttl.config_json import parse_json
 from wakesleep.ttl.files import open_regular, write_atomically
 
@@ -15,9 +16,14 @@ SUMMARY = "summary.json"
 MAX_BYTES = 1 << 26
 
 
-def summarise(manifest: Manifest, state_bytes: int, facts: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    manifest: Manifest,
+    state_bytes: int,
+    facts: list[dict[str, Any]],
+    sleep_log: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """The summary of a session at a snapshot. Bytes and bits are those of the documents' text."""
-    meters = manifest.meters
+    meters, sleep = manifest.meters, manifest.config.sleep
     return {
         "tokens": manifest.tokens,
         "bytes": meters.total.text_bytes,
@@ -27,12 +33,12 @@ def summarise(manifest: Manifest, state_bytes: int, facts: list[dict[str, Any]])
         "peak_rss_bytes": peak_rss_bytes(),
         "state_bytes": state_bytes,
         "wake_flops": meters.wake_flops,
-        "sleep_flops": 0,
-        "gate_flops": 0,
-        "wasted_flops": 0,
-        "sleeps": 0,
-        "sleep_log": [],
-        "offline_ratio": 0,
+        "sleep_flops": meters.ledger.sleep.flops,
+        "gate_flops": meters.ledger.gate.flops,
+        "wasted_flops": meters.ledger.wasted.flops,
+        "sleeps": meters.sleeps,
+        "sleep_log": sleep_log or [],
+        "offline_ratio": 0 if sleep.rule == "none" else sleep.offline_ratio,
         "pause_p50": meters.pauses.percentile(0.5),
         "pause_p95": meters.pauses.percentile(0.95),
         "pause_max": meters.pauses.longest,
@@ -40,6 +46,19 @@ def summarise(manifest: Manifest, state_bytes: int, facts: list[dict[str, Any]])
         "resumed_at": list(meters.resumed_at),
         "facts": facts,
     }
+
+
+def read_sleeps(folder: Path, nbytes: int) -> list[dict[str, Any]]:
+    """The sleeps in the first `nbytes` of sleeps.jsonl, as they were recorded.
+
+    Raises:
+        ValueError: the file is not what a session wrote.
+    """
+    if not nbytes:
+        return []
+    with open_regular(folder / SLEEPS, MAX_BYTES) as file:
+        lines = file.read()[:nbytes].splitlines()
+    return [parse_json(line, SLEEPS) for line in lines]
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from wakesleep.consolidation.budget import Cost, Ledger
+from wakesleep.consolidation.triggers import TriggerState
 from wakesleep.streams import reading
 from wakesleep.streams.documents import open_document
 from wakesleep.streams.meters import Histogram, Meters, Span
@@ -145,7 +147,9 @@ def test_a_prediction_that_is_not_finite_is_counted_and_spoils_nothing(exact):
 
 
 def test_totals_are_exact_after_json():
-    meters = Meters(seconds=0.1 + 0.2, wake_flops=2**70, nonfinite_rows=3, resumed_at=[5])
+    ledger = Ledger(Cost(2**70, 3, 0.1), Cost(5), Cost(0, 1), Cost(seconds=1 / 3), 7, 8)
+    meters = Meters(seconds=0.1 + 0.2, ledger=ledger, nonfinite_rows=3, resumed_at=[5])
+    meters.triggers = TriggerState(4, True, 0.1, 0.2, 0.3, 2)
     meters.add(Span(7, 6, 30, 1 / 3, 1e-17))
     meters.pauses.add(0.01)
     meters.pauses.add(3.0)
@@ -160,7 +164,13 @@ def test_totals_are_exact_after_json():
         (("total", "tokens"), 1.5),
         (("seconds",), None),
         (("seconds",), -5),
-        (("wake_flops",), 10**400),
+        (("ledger",), [[1, 2, 3.0]] * 4),
+        (("ledger",), [[-1, 2, 3.0]] * 4 + [0, 0]),
+        (("ledger",), [[10**400, 2, 3.0]] * 4 + [0, 0]),
+        (("triggers",), [0, 1, 0.0, 0.0, 0.0, 0]),
+        (("triggers",), [0, True, 0.0, 0.0, 0.0, -1]),
+        (("triggers",), [0, False, 0.0]),
+        (("sleeps",), True),
         (("total", "nats"), float("nan")),
         (("pauses", "counts"), {"9999": 1}),
         (("pauses", "counts"), {"-1": 1}),

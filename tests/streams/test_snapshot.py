@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from wakesleep.consolidation.budget import Cost, Ledger
 from wakesleep.streams import snapshot
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.manifest import DocumentRecord, Manifest, PlantedFact, parse_manifest
@@ -40,7 +41,7 @@ def manifest(language_model) -> Manifest:
                 kind="k", statements=("a", "b"), positions=(1, 2), question="?", answer="!"
             ),
         ),
-        meters=Meters(seconds=1 / 3, wake_flops=2**70),
+        meters=Meters(seconds=1 / 3, ledger=Ledger(wake=Cost(2**70))),
     )
 
 

@@ -1,0 +1,112 @@
+"""Sleep between the segments of a stream: when it is wanted, can be paid, and what it came to.
+
+What is decided depends on what was read and spent alone, and a sleep draws from a generator of its
+own number: a stream that was killed and resumed sleeps where, and as, it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from wakesleep.consolidation.sleep import (
+    check_model,
+    least_cost,
+    pressure,
+    replay_sleep,
+)
+from wakesleep.consolidation.sleep_config import SleepConfig, Trigger
+from wakesleep.consolidation.triggers import Signals, after_sleep, observe, wanted
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.runner import StreamRunner, store_fill
+from wakesleep.ttl.model import TTLModel
+
+
+def check_sleep(config: SleepConfig, model: TTLModel) -> None:
+    """Refuse a rule that a model cannot sleep by.
+
+    Raises:
+        Refused: the model has nothing that sleep could write.
+    """
+    if config.rule == "none":
+        return
+    try:
+        check_model(model)
+    except ValueError as error:
+        remedy = "use a model with fast weights, or sleep.rule=none"
+        raise Refused(str(error), "", remedy) from error
+
+
+class Sleeper:
+    """Sleep for a runner; what it remembers is in the runner's meters."""
+
+    def __init__(self, config: SleepConfig, seed: int, runner: StreamRunner) -> None:
+        """seed: the session's."""
+        self.config, self.seed, self.runner = config, seed, runner
+
+    def observe(self, tokens: int) -> None:
+        """Take note of a segment of so many tokens, all lanes together, that was just read."""
+        meters = self.runner.meters
+        meters.triggers = observe(self.config, meters.triggers, self._signals(tokens))
+
+    def due(self, *, idle: bool = False) -> Trigger | None:
+        """What asks for sleep, if it may have it: at a boundary of chunks, with budget for a unit.
+
+        Args:
+            idle: nothing is left to read; then any place will do.
+        """
+        model, state = self.runner.language_model.model, self.runner.state
+        at_boundary = not bool((state.position % model.config.chunk).any())
+        if not (at_boundary or idle):
+            return None
+        asks = wanted(
+            self.config,
+            self.runner.meters.triggers,
+            self._signals(0, idle=idle),
+            model.window_of(state),
+        )
+        if asks is None or self.level < least_cost(model, state):
+            return None
+        return asks
+
+    @property
+    def level(self) -> int:
+        """FLOPs that may be spent on sleep now."""
+        return self.config.budget.level(self.runner.meters.ledger)
+
+    def sleep(self, trigger: str, stop: Callable[[], bool]) -> dict[str, Any] | None:
+        """Sleep once, and tell what came of it; None if `stop` said so, then nothing happened."""
+        runner, meters = self.runner, self.runner.meters
+        number = (self.seed * 1_000_003 + meters.sleeps) % 2**63
+        generator = torch.Generator().manual_seed(number)
+        before, model = meters.ledger, runner.language_model.model
+        state, ledger, report = replay_sleep(
+            model, runner.state, self.config, before, generator, stop
+        )
+        if report.reason == "interrupted":
+            return None
+        if report.accepted:
+            runner.carried = runner.carried._replace(stream=state)
+        meters.ledger, meters.sleeps = ledger, meters.sleeps + 1
+        meters.triggers = after_sleep(meters.triggers, self._signals(0), gained=report.accepted)
+        return {
+            "tokens": runner.tokens,
+            "trigger": trigger,
+            **report._asdict(),
+            "sleep_flops": ledger.sleep.flops - before.sleep.flops,
+            "gate_flops": ledger.gate.flops - before.gate.flops,
+            "wasted_flops": ledger.wasted.flops - before.wasted.flops,
+            "store_fill": store_fill(runner.state),
+        }
+
+    def _signals(self, segment: int, idle: bool = False) -> Signals:
+        runner, lanes = self.runner, len(self.runner.state.position)
+        return Signals(
+            tokens=runner.tokens // lanes,
+            segment=segment // lanes,
+            surprise=runner.last_surprise,
+            pressure=pressure(runner.state),
+            idle=idle,
+        )

@@ -1,0 +1,220 @@
+"""Streams that sleep: what they spend and record, and that interruptions change no bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from wakesleep.streams import language_model as language_models
+from wakesleep.streams import session as sessions
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.progress import dream
+from wakesleep.streams.session import Session
+from wakesleep.streams.stopping import Stopped, StopSignals
+from wakesleep.ttl.model import ModelConfig, TTLModel
+from wakesleep.ttl.model_io import TOKENIZER, save_model
+from wakesleep.ttl.store import StoreConfig
+
+READ = {"segment_len": 128, "save_every": 512, "threads": 1}
+SLEEP = {"rule": "replay", "offline_ratio": 4.0, "trigger": ["every"], "every": 256, "tail_loss": 9}
+TIMES = {"seconds", "tokens_per_second", "peak_rss_bytes", "pause_p50", "pause_p95", "pause_max"}
+
+
+@pytest.fixture(scope="module")
+def sleeper(tmp_path_factory):
+    """A model folder whose second layer has a store and fast weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = TTLModel(
+            ModelConfig(
+                dim=16,
+                num_layers=2,
+                num_heads=2,
+                head_dim=8,
+                mlp_dim=32,
+                window=64,
+                chunk=16,
+                memory_layers=(0,),
+                store_layers=(1,),
+                fast_layers=(1,),
+                store=StoreConfig(capacity=32),
+            )
+        )
+        model.blocks[1].attention.fast.gate.data.fill_(0.5)
+    folder = tmp_path_factory.mktemp("model") / "sleeper"
+    save_model(folder, model, (language_models.DEFAULT / TOKENIZER).read_bytes(), "#", half=False)
+    return folder
+
+
+def stream(folder, model, document, **options) -> dict:
+    with Session.open(folder, model, **{**READ, "sleep": SLEEP, **options}) as opened:
+        return opened.read(document)
+
+
+def tensors(folder) -> dict[str, bytes]:
+    name = json.loads((folder / "session.json").read_text())["state"]
+    return {name: t.tobytes() for name, t in load_file(folder / name).items()}
+
+
+def repeated(values: dict) -> dict:
+    """What is the same in every run."""
+    kept = {k: v for k, v in values.items() if k not in TIMES and k != "resumed_at"}
+    if "sleep_log" in kept:
+        kept["sleep_log"] = [repeated(line) for line in kept["sleep_log"]]
+    return kept
+
+
+def spent(values: dict) -> int:
+    return values["sleep_flops"] + values["gate_flops"] + values["wasted_flops"]
+
+
+@pytest.fixture
+def rested(tmp_path, sleeper, text):
+    """A folder that was read with sleep, without a break, and its summary."""
+    return tmp_path / "rested", stream(tmp_path / "rested", sleeper, text)
+
+
+def test_a_stream_sleeps_where_it_should_and_tells_all_of_it(rested):
+    folder, summary = rested
+    log = summary["sleep_log"]
+    assert summary["sleeps"] == len(log) == len((folder / "sleeps.jsonl").read_text().splitlines())
+    assert [line["tokens"] for line in log] == [256 * (n + 1) for n in range(len(log))]
+    assert len(log) == summary["tokens"] // 256 and summary["offline_ratio"] == 4.0
+    assert sum(line["written"] for line in log) > 0 < sum(line["released"] for line in log)
+    for name in ("sleep_flops", "gate_flops", "wasted_flops"):
+        assert summary[name] == sum(line[name] for line in log)
+    assert 0 < spent(summary) <= 4 * summary["wake_flops"]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["sleep_flops"] == spent(summary)
+    assert "pairs written" in dream(log[0]) and "256 tokens (every" in dream(log[0])
+
+
+def test_without_ratio_or_rule_no_bit_changes(tmp_path, sleeper, text):
+    results = []
+    for name, sleep in [("a", {"rule": "none"}), ("b", SLEEP | {"offline_ratio": 0.0})]:
+        summary = stream(tmp_path / name, sleeper, text, sleep=sleep)
+        assert summary["sleeps"] == spent(summary) == 0 and summary["sleep_log"] == []
+        results.append((tensors(tmp_path / name), repeated(summary)))
+    assert results[0] == results[1]
+    assert not (tmp_path / "a" / "sleeps.jsonl").exists()
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.0])
+def test_at_every_moment_no_more_is_spent_than_the_ratio_allows(tmp_path, sleeper, text, ratio):
+    sleep = SLEEP | {"offline_ratio": ratio, "every": 1}
+    summary = stream(tmp_path / "s", sleeper, text, sleep=sleep)
+    lines = (tmp_path / "s" / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert line["sleep_flops"] <= ratio * line["wake_flops"]
+    awake = summary["wake_flops"] / summary["tokens"]
+    total = 0
+    for line in summary["sleep_log"]:
+        total += spent(line)
+        assert total <= ratio * awake * 1.2 * line["tokens"]
+    assert summary["sleeps"] > 0
+
+
+class StopInSleep(StopSignals):
+    """Ctrl-C when a sleep asks for the n-th time whether it should go on."""
+
+    asked = 0
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def __bool__(self) -> bool:
+        if sys._getframe(1).f_code.co_name == "<lambda>":
+            StopInSleep.asked += 1
+            if StopInSleep.asked == self.at:
+                self.number = signal.SIGINT
+        return self.number is not None
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_ctrl_c_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
+    tmp_path, sleeper, text, rested, at, monkeypatch
+):
+    StopInSleep.asked = 0
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(sessions, "StopSignals", lambda: StopInSleep(at))
+        stream(tmp_path / "s", sleeper, text)
+    slept = json.loads((tmp_path / "s" / "session.json").read_text())["meters"]["sleeps"]
+    summary = stream(tmp_path / "s", sleeper, text)
+    assert slept < summary["sleeps"] and summary["resumed_at"]
+    assert tensors(tmp_path / "s") == tensors(rested[0])
+    assert repeated(summary) == repeated(rested[1])
+
+
+KILLED = """
+import os, signal, sys
+from wakesleep.consolidation import sleep
+from wakesleep.streams.session import Session
+left, change = int(sys.argv[4]), sleep.change
+def killing(*given):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return change(*given)
+sleep.change = killing
+options = {options}
+Session.open(sys.argv[1], sys.argv[2], **options).read(sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("units", [0, 9])
+def test_kill_9_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
+    tmp_path, sleeper, text, rested, units
+):
+    code = KILLED.replace("{options}", repr({**READ, "sleep": SLEEP}))
+    words = [sys.executable, "-c", code, tmp_path / "s", sleeper, text, str(units)]
+    environment = {**os.environ, "WAKESLEEP_MALLOC": "default"}
+    run = subprocess.run(list(map(str, words)), env=environment, timeout=120, check=False)
+    assert run.returncode == -signal.SIGKILL
+    summary = stream(tmp_path / "s", sleeper, text)
+    assert tensors(tmp_path / "s") == tensors(rested[0])
+    assert repeated(summary) == repeated(rested[1])
+
+
+def test_sleep_can_begin_in_a_session_that_never_slept(tmp_path, sleeper, text):
+    stream(tmp_path / "s", sleeper, text, sleep={"rule": "none"})
+    more = tmp_path / "more.txt"
+    more.write_text(text.read_text()[::-1])
+    summary = stream(tmp_path / "s", sleeper, more)
+    assert summary["sleeps"] > 0 and spent(summary) <= 4 * summary["wake_flops"]
+
+
+def test_idle_sleeps_when_all_is_read(tmp_path, sleeper, text):
+    summary = stream(tmp_path / "s", sleeper, text, sleep=SLEEP | {"trigger": ["idle"]})
+    (line,) = summary["sleep_log"]
+    assert line["tokens"] == summary["tokens"] and line["trigger"] == "idle" and line["accepted"]
+    again = stream(tmp_path / "s", sleeper, text, sleep=SLEEP | {"trigger": ["idle"]})
+    assert repeated(again) == repeated(summary)
+
+
+def test_several_lanes_sleep_together(tmp_path, sleeper, text):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.txt").write_text(text.read_text()[n:])
+    summary = stream(tmp_path / "s", sleeper, folder, lanes=2, segment_len=64)
+    assert summary["sleeps"] > 0 and spent(summary) <= 4 * summary["wake_flops"]
+
+
+def test_a_model_that_cannot_sleep_is_refused_and_no_folder_made(tmp_path, model_folder, text):
+    with pytest.raises(Refused, match=r"sleep.rule=replay needs a layer with fast weights"):
+        stream(tmp_path / "s", model_folder, text)
+    assert not (tmp_path / "s").exists()
+
+
+def test_questions_are_answered_after_sleep(rested):
+    session = Session.load(rested[0])
+    assert isinstance(session.ask("What is the pass code of the amber gate?").answer, str)
