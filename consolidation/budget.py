@@ -43,8 +43,22 @@ class Ledger(NamedTuple):
     sleep: Cost = Cost()  # consolidation that was accepted
     gate: Cost = Cost()  # judging it
     wasted: Cost = Cost()  # consolidation that was rejected or interrupted
-    granted: int = 0  # FLOPs that were given to a session at rest, beside the ratio
+    granted: int = 0  # FLOPs that were granted and spent at rest, beside the ratio
     lost: int = 0  # FLOPs that a full bucket could not take
+
+    @property
+    def asleep(self) -> Cost:
+        """All that sleep cost, accepted or not."""
+        return self.sleep.plus(self.gate).plus(self.wasted)
+
+    def with_extra(self, extra: Ledger) -> Ledger:
+        """This ledger after a sleep that was granted apart, and is booked in `extra`."""
+        return self._replace(
+            sleep=self.sleep.plus(extra.sleep),
+            gate=self.gate.plus(extra.gate),
+            wasted=self.wasted.plus(extra.wasted),
+            granted=self.granted + extra.asleep.flops,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +77,11 @@ class Budget:
     def level(self, ledger: Ledger) -> int:
         """FLOPs that may be spent now; negative after a change to a smaller ratio."""
         earned = math.floor(Fraction(self.offline_ratio) * ledger.wake.flops)
-        spent = ledger.sleep.flops + ledger.gate.flops + ledger.wasted.flops
-        return earned + ledger.granted - ledger.lost - spent
+        return earned + ledger.granted - ledger.lost - ledger.asleep.flops
 
     def earn(self, ledger: Ledger, wake: Cost) -> Ledger:
         """The ledger after reading; what does not fit into the bucket is lost."""
         return self._cap(ledger._replace(wake=ledger.wake.plus(wake)))
-
-    def grant(self, ledger: Ledger, flops: int) -> Ledger:
-        """The ledger with `flops` more to spend, whatever the ratio and the burst.
-
-        Raises:
-            ValueError: a grant that is none.
-        """
-        if flops < 0:
-            raise ValueError(f"budget must be at least 0 FLOPs, got {flops}")
-        return ledger._replace(granted=ledger.granted + flops)
 
     def spend(self, ledger: Ledger, kind: Asleep, cost: Cost) -> Ledger:
         """The ledger after paying; to be called before the work is done.
@@ -98,5 +101,5 @@ class Budget:
     def _cap(self, ledger: Ledger) -> Ledger:
         if math.isinf(self.burst):
             return ledger
-        over = self.level(ledger) - max(math.floor(self.burst), ledger.granted)
+        over = self.level(ledger) - math.floor(self.burst)
         return ledger._replace(lost=ledger.lost + max(0, over))

@@ -77,7 +77,7 @@ def replay_sleep(
     """Sleep once; `state` is not changed, the next one is returned.
 
     Args:
-        ledger: what was spent so far; `config.budget` says what may be.
+        ledger: what was spent so far; `config.bucket` says what may be.
         generator: of the cues; on the CPU.
         stop: asked between units; the sleep ends there, and what it did is judged.
 
@@ -146,7 +146,7 @@ class _Night:
 
     def run(self, stop: Callable[[], bool]) -> str:
         """Release, then write unit by unit; returns why it ended."""
-        if self.config.budget.level(self.ledger) < self.least:
+        if self.config.bucket.level(self.ledger) < self.least:
             return "the budget is smaller than one unit"
         self._spend("gate", self.tail_cost)
         self.tail = tail_nats(self.model, self.start)
@@ -182,7 +182,7 @@ class _Night:
         lanes &= changed
         spent = self.ledger.sleep.minus(self.before.sleep)
         back = int((~lanes).sum())
-        ledger = self.config.budget.waste(self.ledger, _share(spent, back, len(lanes)))
+        ledger = self.config.bucket.waste(self.ledger, _share(spent, back, len(lanes)))
         state = merge(lanes, self.state, self.start)
         seconds = time.monotonic() - self.begin
         report = SleepReport(
@@ -232,7 +232,7 @@ class _Night:
         self.written += int(known.sum())
         self.rejected += refused
         wasted = _share(write_cost(sizes, num_pairs), refused, sizes.heads)
-        self.ledger = self.config.budget.waste(self.ledger, wasted)
+        self.ledger = self.config.bucket.waste(self.ledger, wasted)
         return bool(passed.any())
 
     def _release(self, layer: int) -> None:
@@ -257,11 +257,11 @@ class _Night:
 
     def _affords(self, cost: Cost) -> bool:
         """Whether this can be paid, and the last look at window and sealed pairs after it."""
-        level = self.config.budget.level(self.ledger)
+        level = self.config.bucket.level(self.ledger)
         return cost.flops + self.last_cost.flops <= level
 
     def _spend(self, kind: Asleep, cost: Cost) -> None:
-        self.ledger = self.config.budget.spend(self.ledger, kind, cost)
+        self.ledger = self.config.bucket.spend(self.ledger, kind, cost)
 
     def _put(self, layer: int, block: BlockState) -> None:
         blocks = list(self.state.blocks)

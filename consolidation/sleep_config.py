@@ -26,7 +26,7 @@ class SleepConfig:
     tail_loss: float = 0.01  # nats per token that the prediction of the window may lose
 
     def __post_init__(self) -> None:
-        _ = self.budget
+        _ = self.bucket
         bounds = {
             "passes": (0, 10_000),
             "every": (1, 2**40),
@@ -47,6 +47,6 @@ class SleepConfig:
             raise ValueError("trigger must name one of every, eviction, pressure, surprise, idle")
 
     @property
-    def budget(self) -> Budget:
-        """The bucket that everything is paid from."""
+    def bucket(self) -> Budget:
+        """What everything is paid from."""
         return Budget(offline_ratio=self.offline_ratio, burst=self.burst)

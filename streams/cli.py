@@ -17,7 +17,13 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from wakesleep.streams import ask_command, doctor_command, stream_command, train_command
+from wakesleep.streams import (
+    ask_command,
+    doctor_command,
+    sleep_command,
+    stream_command,
+    train_command,
+)
 from wakesleep.streams.allocator import restart_with_tuned_malloc
 from wakesleep.streams.console import shortened, use_any_encoding
 from wakesleep.streams.errors import Refused
@@ -26,10 +32,11 @@ from wakesleep.streams.stopping import Stopped, leave_at_signals
 COMMANDS = {
     "stream": stream_command,
     "ask": ask_command,
+    "sleep": sleep_command,
     "train": train_command,
     "doctor": doctor_command,
 }
-HEAVY = {"stream", "ask", "train"}  # these compute, and gain from another allocator
+HEAVY = {"stream", "ask", "sleep", "train"}  # these compute, and gain from another allocator
 FLAGS = {
     "--session": {"metavar": "DIR"},
     "--output": {"metavar": "DIR"},

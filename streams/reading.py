@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.streams.manifest import DocumentRecord, Manifest
 from wakesleep.streams.planting import ask_facts, inserts_of, sample_of
 from wakesleep.streams.reading_plan import ReadingPlan, Task
@@ -101,6 +102,29 @@ class Reading:
         self.runner.stop_clock()
         self.save()
 
+    def rest(self, config: SleepConfig, grant: int) -> list[dict[str, Any]]:
+        """Sleep with nothing to read, until nothing is gained or `grant` FLOPs are spent.
+
+        Returns:
+            What was recorded of each sleep.
+
+        Raises:
+            Stopped: a signal came; the sleeps before it are saved.
+        """
+        sleeper, lines, left = Sleeper(config, self.manifest.config.seed, self.runner), [], grant
+        while left >= sleeper.least:
+            line = self._sleep(sleeper, "idle", left)
+            if line is None:
+                break
+            lines.append(line)
+            left -= line["sleep_flops"] + line["gate_flops"] + line["wasted_flops"]
+            if not line["accepted"]:
+                break
+        self.save()
+        if self._stop:
+            raise Stopped(self._stop.number)
+        return lines
+
     def save(self) -> None:
         """Write a snapshot of this place."""
         lengths = self._recorder.sync()
@@ -182,15 +206,19 @@ class Reading:
         if self._sleeper is None or self._stop:
             return
         trigger = self._sleeper.due(idle=idle)
-        if trigger is None:
-            return
+        if trigger is not None:
+            self._sleep(self._sleeper, trigger)
+
+    def _sleep(self, sleeper: Sleeper, trigger: str, grant: int | None = None) -> dict | None:
+        """Sleep once and record it; None if a signal came, and nothing has happened."""
         if self._watch is not None:
             self._watch.sleeping(self.runner.tokens)
-        line = self._sleeper.sleep(trigger, stop=lambda: bool(self._stop))
+        line = sleeper.sleep(trigger, lambda: bool(self._stop), grant)
         if line is not None:
             self._recorder.slept(line)
             if self._watch is not None:
                 self._watch.slept(line)
+        return line
 
     def _write_metrics(self) -> None:
         line = self.runner.metrics_line()

@@ -163,7 +163,7 @@ class StreamRunner:
             "store_fill": store_fill(self.state),
             "nonfinite_rows": meters.nonfinite_rows,
             "wake_flops": meters.wake_flops,
-            "sleep_flops": sum(cost.flops for cost in meters.ledger[1:4]),
+            "sleep_flops": meters.ledger.asleep.flops,
             "seconds": meters.seconds,
             "tokens_per_second": speed,
         }

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from wakesleep.consolidation.sleep import least_cost
 from wakesleep.streams.ask import Answer, ask
 from wakesleep.streams.config import to_yaml
 from wakesleep.streams.errors import Refused
@@ -37,6 +38,7 @@ from wakesleep.streams.recorder import (
 )
 from wakesleep.streams.runner import Carried, StreamRunner
 from wakesleep.streams.session_loading import Loaded, environment_of, load_session
+from wakesleep.streams.sleeping import check_sleep
 from wakesleep.streams.snapshot import (
     holds_session,
     locked,
@@ -185,6 +187,36 @@ class Session:
             )
         return ask(self.language_model, self.runner.state, question)
 
+    def sleep(self, grant: int, *, watch: Watch | None = None) -> list[dict[str, Any]]:
+        """Sleep over what was read, with nothing to read; returns a row per sleep.
+
+        Without a rule of its own the session sleeps by replay, here and nowhere else.
+
+        Args:
+            grant: FLOPs that may be spent, beside what `sleep.offline_ratio` allows.
+
+        Raises:
+            Refused: nothing was read, a negative grant, or a model that cannot sleep.
+            Stopped: Ctrl-C or SIGTERM; the sleeps that were finished are saved.
+        """
+        self._check_writable()
+        if self.manifest is None or not self.tokens:
+            raise Refused(f"there is nothing to sleep over in {self.folder}")
+        if grant < 0:
+            raise Refused(f"sleep.budget={grant}: expected FLOPs, at least 0")
+        config = self.config.sleep
+        if config.rule == "none":
+            config = dataclasses.replace(config, rule="replay")
+        check_sleep(config, self.language_model.model)
+        with self._reading(watch, sleeps=True) as reading:
+            rows = reading.rest(config, grant)
+        self._new_summary()
+        return rows
+
+    def least_budget(self) -> int:
+        """FLOPs below which a sleep would not begin."""
+        return least_cost(self.language_model.model, self.runner.state)
+
     def save(self) -> None:
         """Write a snapshot now; `read` does so by itself.
 
@@ -285,13 +317,13 @@ class Session:
         )
 
     @contextlib.contextmanager
-    def _reading(self, watch: Watch | None):
+    def _reading(self, watch: Watch | None, sleeps: bool = False):
         """A Reading with the folder's files open; what it saved is the session's afterwards."""
         remove_leftovers(self.folder)
         lengths = {METRICS: self.manifest.metrics_bytes}
         if self.config.keep_ids:
             lengths[IDS] = self.manifest.ids_bytes
-        if self.config.sleep.rule != "none" or self.manifest.sleeps_bytes:
+        if sleeps or self.config.sleep.rule != "none" or self.manifest.sleeps_bytes:
             lengths[SLEEPS] = self.manifest.sleeps_bytes
         stop = StopSignals()
         main = threading.current_thread() is threading.main_thread()

@@ -72,12 +72,12 @@ def load_session(
         keep_ids = config.lanes == 1 if config.keep_ids is None else config.keep_ids
         config = dataclasses.replace(config, threads=torch.get_num_threads(), keep_ids=keep_ids)
         sizes = {"window": config.window, "capacity": config.store.capacity}
-        runner = StreamRunner(model, lanes=config.lanes, budget=config.sleep.budget, **sizes)
+        runner = StreamRunner(model, lanes=config.lanes, budget=config.sleep.bucket, **sizes)
         return Loaded(config, None, model, runner, None, [])
     _check_model(manifest, model)
     notes = _differences(manifest, config, model)
     runner = _load_runner(folder, manifest, model)
-    runner.budget = config.sleep.budget
+    runner.budget = config.sleep.bucket
     saved = runner.carried
     _resize(runner, config)
     unchanged = runner.carried is saved

@@ -6,11 +6,13 @@ own number: a stream that was killed and resumed sleeps where, and as, it would 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from wakesleep.consolidation.budget import Ledger
 from wakesleep.consolidation.sleep import (
     check_model,
     least_cost,
@@ -67,29 +69,43 @@ class Sleeper:
             self._signals(0, idle=idle),
             model.window_of(state),
         )
-        if asks is None or self.level < least_cost(model, state):
+        if asks is None or self.level < self.least:
             return None
         return asks
 
     @property
     def level(self) -> int:
         """FLOPs that may be spent on sleep now."""
-        return self.config.budget.level(self.runner.meters.ledger)
+        return self.config.bucket.level(self.runner.meters.ledger)
 
-    def sleep(self, trigger: str, stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Sleep once, and tell what came of it; None if `stop` said so, then nothing happened."""
-        runner, meters = self.runner, self.runner.meters
+    @property
+    def least(self) -> int:
+        """FLOPs below which a sleep would not begin."""
+        return least_cost(self.runner.language_model.model, self.runner.state)
+
+    def sleep(
+        self, trigger: str, stop: Callable[[], bool], grant: int | None = None
+    ) -> dict[str, Any] | None:
+        """Sleep once, and tell what came of it; None if `stop` said so, then nothing happened.
+
+        Args:
+            grant: FLOPs that may be spent, beside the budget; None: what the budget has.
+        """
+        runner, meters, config = self.runner, self.runner.meters, self.config
+        before = meters.ledger
+        if grant is not None:
+            config = dataclasses.replace(config, offline_ratio=0.0)
+            before = Ledger(granted=grant)
         number = (self.seed * 1_000_003 + meters.sleeps) % 2**63
         generator = torch.Generator().manual_seed(number)
-        before, model = meters.ledger, runner.language_model.model
-        state, ledger, report = replay_sleep(
-            model, runner.state, self.config, before, generator, stop
-        )
+        model = runner.language_model.model
+        state, ledger, report = replay_sleep(model, runner.state, config, before, generator, stop)
         if report.reason == "interrupted":
             return None
         if report.accepted:
             runner.carried = runner.carried._replace(stream=state)
-        meters.ledger, meters.sleeps = ledger, meters.sleeps + 1
+        meters.ledger = ledger if grant is None else meters.ledger.with_extra(ledger)
+        meters.sleeps += 1
         meters.triggers = after_sleep(meters.triggers, self._signals(0), gained=report.accepted)
         return {
             "tokens": runner.tokens,

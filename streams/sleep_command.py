@@ -1,0 +1,100 @@
+"""`wakesleep sleep`: consolidate what a session holds, while nothing comes in."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from wakesleep.streams.console import Console, typed
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.quantities import count, duration
+
+SUMMARY = "sleep over a session at rest: write what its store holds into fast weights"
+FLAGS = ("--json", "--quiet", "--debug")
+BUDGET = "sleep.budget"
+
+
+def help_text() -> str:
+    return """\
+wakesleep sleep DIR sleep.budget=FLOPS [--json] [key=value ...]
+
+  wakesleep sleep runs/book sleep.budget=1e12       a thousand GFLOPs of it
+  wakesleep sleep runs/book sleep.budget=1e12 sleep.tolerance=0.8
+
+Reads nothing. Pairs of the exact store are written into fast weights, block by
+block; what a block harms is put back; places of what is known by heart are
+freed. It ends when the budget is spent or nothing is gained, and can be
+repeated. The model must have fast weights.
+
+  --json   {sleeps, sleep_flops, gate_flops, wasted_flops, seconds} on stdout
+  --quiet, --debug   the last line only; tracebacks
+Keys: sleep.passes=8 sleep.tolerance=0.9 sleep.tail_loss=0.01 device=... threads=N"""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Sleep and say what came of it."""
+    folder, grant, overrides = _sort(arguments.items)
+    console = Console(json=arguments.json, quiet=arguments.quiet)
+
+    from wakesleep.streams.config import split_overrides
+    from wakesleep.streams.progress import Progress
+    from wakesleep.streams.session import Session
+    from wakesleep.streams.snapshot import read_manifest
+
+    read_manifest(Path(folder))  # before a folder is opened that would be a new session
+    with Session.open(folder, **split_overrides(overrides)) as session:
+        console.say(f"sleeping over {typed(folder)}; Ctrl-C keeps the sleeps that are finished")
+        with Progress(console, session.tokens) as progress:
+            rows = session.sleep(grant, watch=progress)
+        least = session.least_budget()
+    console.result(_totals(rows), _words(folder, rows, grant, least))
+    return 0
+
+
+def _sort(items: list[str]) -> tuple[str, int, list[str]]:
+    """The folder, the budget, and the other keys."""
+    from wakesleep.streams.values import parse_count
+
+    if not items:
+        raise Refused(
+            "sleep needs the folder of a session", "", f"wakesleep sleep DIR {BUDGET}=1e12"
+        )
+    folder, *keys = items
+    given = [key.partition("=")[2] for key in keys if key.startswith(f"{BUDGET}=")]
+    if not given:
+        raise Refused(
+            f"{BUDGET}: needed, in FLOPs", "", f"wakesleep sleep {typed(folder)} {BUDGET}=1e12"
+        )
+    try:
+        grant = parse_count(given[-1])
+    except ValueError:
+        raise Refused(f"{BUDGET}={given[-1]}: expected a whole number of FLOPs (1e12)") from None
+    return folder, grant, [key for key in keys if not key.startswith(f"{BUDGET}=")]
+
+
+def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = ("sleep_flops", "gate_flops", "wasted_flops", "seconds")
+    return {"sleeps": rows, **{name: sum(row[name] for row in rows) for name in sums}}
+
+
+def _words(folder: str, rows: list[dict[str, Any]], grant: int, least: int) -> str:
+    if not rows:
+        return (
+            f"slept nothing: a sleep here takes {count(least)} FLOPs at least, "
+            f"{BUDGET} is {count(grant)}"
+        )
+    written = sum(row["written"] for row in rows if row["accepted"])
+    released = sum(row["released"] for row in rows if row["accepted"])
+    spent = sum(row[name] for row in rows for name in ("sleep_flops", "gate_flops", "wasted_flops"))
+    seconds = duration(sum(row["seconds"] for row in rows))
+    lines = [
+        f"{len(rows)} sleeps in {seconds}, {count(spent)} of {count(grant)} FLOPs: "
+        f"{written:,} pairs written, {released:,} places freed",
+        f"ended because: {rows[-1]['reason']}",
+        f"next: wakesleep ask {typed(folder)}",
+    ]
+    audit = rows[-1]["audit"]
+    if audit is not None:
+        lines.insert(1, f"of pairs written long ago {audit:.1%} are still known")
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""`wakesleep sleep` as it is typed: what it prints, changes, and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from wakesleep.streams import language_model as language_models
+from wakesleep.streams.cli import main
+from wakesleep.streams.session import Session
+from wakesleep.ttl.model import ModelConfig, TTLModel
+from wakesleep.ttl.model_io import TOKENIZER, save_model
+from wakesleep.ttl.store import StoreConfig
+
+
+@pytest.fixture(scope="module")
+def sleeper(tmp_path_factory):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 32}
+        layers = {"memory_layers": (), "store_layers": (0,), "fast_layers": (0,)}
+        store = StoreConfig(capacity=32)
+        model = TTLModel(ModelConfig(**sizes, **layers, window=64, chunk=16, store=store))
+    folder = tmp_path_factory.mktemp("model") / "sleeper"
+    save_model(folder, model, (language_models.DEFAULT / TOKENIZER).read_bytes(), "#", half=False)
+    return folder
+
+
+@pytest.fixture
+def read(tmp_path, sleeper, text) -> str:
+    """A session that was read and has never slept."""
+    with Session.open(tmp_path / "s", sleeper, segment_len=128, threads=1) as session:
+        session.read(text)
+    return str(tmp_path / "s")
+
+
+def summary(folder: str) -> dict:
+    return json.loads(Path(folder, "summary.json").read_text())
+
+
+def test_a_session_at_rest_is_slept_over_and_says_what_came_of_it(read, capsys):
+    assert main(["sleep", read, "sleep.budget=1e9", "sleep.tail_loss=9"]) == 0
+    out, err = capsys.readouterr()
+    assert "pairs written" in out and "places freed" in out and f"wakesleep ask {read}" in out
+    assert "slept after" in err and "Ctrl-C keeps" in err
+    told = summary(read)
+    assert told["sleeps"] == len(told["sleep_log"]) >= 2
+    assert 0 < told["sleep_flops"] + told["gate_flops"] + told["wasted_flops"] <= 1e9
+    assert sum(row["released"] for row in told["sleep_log"]) > 0
+    assert told["offline_ratio"] == 0  # it does not sleep while it reads
+    assert main(["ask", read, "What is the pass code of the amber gate?", "--json"]) == 0
+
+
+def test_json_is_one_object_whose_sums_are_the_summarys(read, capsys):
+    assert main(["sleep", read, "sleep.budget=1e9", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    told = summary(read)
+    assert result["sleeps"] == told["sleep_log"]
+    for name in ("sleep_flops", "gate_flops", "wasted_flops"):
+        assert result[name] == told[name]
+
+
+def test_a_second_call_goes_on_and_stays_within_its_own_budget(read, capsys):
+    spent = []
+    for _ in range(2):
+        assert main(["sleep", read, "sleep.budget=2M", "sleep.tail_loss=9", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        spent.append(result["sleep_flops"] + result["gate_flops"] + result["wasted_flops"])
+        assert spent[-1] <= 2_000_000
+    assert sum(spent) == sum(summary(read)[f"{n}_flops"] for n in ("sleep", "gate", "wasted"))
+
+
+def test_a_budget_below_one_unit_sleeps_nothing_and_says_so(read, capsys):
+    before = summary(read)
+    assert main(["sleep", read, "sleep.budget=10"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("slept nothing: a sleep here takes ") and len(out.splitlines()) == 1
+    assert (summary(read)["sleeps"], summary(read)["tokens"]) == (0, before["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ([], "sleep needs the folder of a session"),
+        (["{read}"], "sleep.budget: needed, in FLOPs"),
+        (["{read}", "sleep.budget=-1"], "sleep.budget=-1: expected FLOPs, at least 0"),
+        (["{read}", "sleep.budget=many"], "sleep.budget=many: expected a whole number"),
+        (["{read}", "sleep.budget=1e9", "sleep.passes=-3"], "sleep.passes must be from 0"),
+        (["{read}", "sleep.budget=1e9", "sleep.pases=3"], "did you mean sleep.passes"),
+        (["nowhere", "sleep.budget=1e9"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_changes(read, words, why, capsys, tmp_path):
+    before = Path(read, "session.json").read_bytes()
+    assert main(["sleep", *(word.replace("{read}", read) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert why in error and len(error.splitlines()) <= 3
+    assert Path(read, "session.json").read_bytes() == before and not (tmp_path / "nowhere").exists()
+
+
+def test_a_model_without_fast_weights_is_refused(tmp_path, model_folder, text, capsys):
+    with Session.open(tmp_path / "s", model_folder, segment_len=128, threads=1) as session:
+        session.read(text)
+    assert main(["sleep", str(tmp_path / "s"), "sleep.budget=1e9"]) == 2
+    assert "fast weights" in capsys.readouterr().err
