@@ -10,7 +10,7 @@ from wakesleep.streams.console import Console, typed
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.quantities import count, duration
 
-SUMMARY = "sleep over a session at rest: write what its store holds into fast weights"
+SUMMARY = "sleep over a session at rest, on a budget of its own"
 FLAGS = ("--json", "--quiet", "--debug")
 BUDGET = "sleep.budget"
 
@@ -23,13 +23,13 @@ wakesleep sleep DIR sleep.budget=FLOPS [--json] [key=value ...]
   wakesleep sleep runs/book sleep.budget=1e12 sleep.tolerance=0.8
 
 Reads nothing. Pairs of the exact store are written into fast weights, block by
-block; what a block harms is put back; places of what is known by heart are
-freed. It ends when the budget is spent or nothing is gained, and can be
-repeated. The model must have fast weights.
+block; what a block harms is put back, and the places of what is known by heart
+are freed. It ends when the budget is spent or nothing is gained, and can be
+typed again. The model must have fast weights.
 
   --json   {sleeps, sleep_flops, gate_flops, wasted_flops, seconds} on stdout
   --quiet, --debug   the last line only; tracebacks
-Keys: sleep.passes=8 sleep.tolerance=0.9 sleep.tail_loss=0.01 device=... threads=N"""
+Keys: sleep.passes=8 sleep.tolerance=0.9 sleep.tail_loss=0.01 threads=N"""
 
 
 def run(arguments: argparse.Namespace) -> int:
