@@ -104,7 +104,7 @@ def release(
     free = torch.zeros_like(marked).scatter(-1, place, found)
     later = torch.where(found, position, -1)
     free |= (store.position >= 0) & _superseded(k, store.position, keys, later)
-    return _emptied(store, free), fast._replace(asleep=torch.full_like(fast.asleep, -1))
+    return emptied(store, free), fast._replace(asleep=torch.full_like(fast.asleep, -1))
 
 
 def take(t: Tensor, place: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ def _superseded(k: Tensor, position: Tensor, others: Tensor, others_at: Tensor) 
     return (same & (others_at[..., None, :] > position[..., None])).any(-1)
 
 
-def _emptied(store: StoreState, free: Tensor) -> StoreState:
-    """The store without the pairs in the places `free` [B, H, S]."""
+def emptied(store: StoreState, free: Tensor) -> StoreState:
+    """The store without the pairs in the places `free` [B, H, S] bool."""
     empty = {"k": 0, "v": 0, "score": -torch.inf, "mass": 0, "position": -1, "span": -1}
     fields = {}
     for name, value in empty.items():

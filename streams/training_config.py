@@ -102,6 +102,8 @@ class StepConfig:
     blind_share: float = 0.0  # of predictions without the window: what do the memories know?
     blind_weight: float = 1.0  # of these in the loss
     window_dropout: float = 0.0  # share of segments that a lane reads without the window
+    sleep_drop: float = 0.0  # share of segments before which a lane sleeps
+    sleep_pairs: int = 48  # per head that such a sleep writes at most
     z_loss: float = 0.0  # weight of (log of the softmax's normaliser) squared
     bf16: bool = False  # autocast; the carried state and the weights stay float32
 
@@ -115,7 +117,8 @@ class StepConfig:
         _require(self.validate_every >= 0, "validate_every", "at least 0", self.validate_every)
         for name in ("z_loss", "blind_weight"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        for name in ("blind_share", "window_dropout"):
+        _require(self.sleep_pairs > 0, "sleep_pairs", "above 0", self.sleep_pairs)
+        for name in ("blind_share", "window_dropout", "sleep_drop"):
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
         if self.sequence_len % self.segments_per_step:
             raise ValueError(
@@ -181,6 +184,11 @@ class TrainConfig:
                 f"admission.windows must be multiples of model.chunk={self.model.chunk}, "
                 f"got {self.admission.windows}"
             )
+        layers = set(self.model.fast_layers) & set(self.model.store_layers)
+        if self.train.sleep_drop and not layers:
+            raise ValueError("train.sleep_drop needs a layer of model.fast_layers with a store")
+        if self.train.sleep_drop and self.data.kind == "text":
+            raise ValueError("train.sleep_drop needs generated tasks, not data.kind=text")
         if self.data.kind == "text" and (self.admission != AdmissionConfig()):
             raise ValueError(
                 "admission.* draws a new store for every document of a generated task; "

@@ -17,6 +17,7 @@ from wakesleep.streams.training_config import TrainConfig
 SPARE = 256  # distractors before a sequence that its own pairs may push out
 KEY = 0x57EB  # keeps these draws apart from those of the data with the same seed and number
 BLIND_KEY = 0xB11D  # and those of `draw_blind` from these
+SLEEP_KEY = 0x51EE  # and those of sleeps
 
 
 class Draw(NamedTuple):
@@ -27,18 +28,23 @@ class Draw(NamedTuple):
     orders: tuple[Tensor | None, ...]  # per segment [B, n] int64 distractors before it; -1 = none
     jumps: tuple[int, ...]  # per segment, positions that the distractors take
     rank_table: Tensor | None  # [B, S] int64 distances of the ranks 0..S-1, see `_spread`
+    sleeps: Tensor | None = None  # [K, B] bool: a lane sleeps before a segment
+    sleep_pairs: int = 0  # that such a sleep writes at most, per head
+    sleep_seed: int = 0  # of which pairs are offered
 
     def to(self, device: torch.device) -> Draw:
         """The draw with its tensors on a device."""
         orders = tuple(order if order is None else order.to(device) for order in self.orders)
         ranks = self.rank_table if self.rank_table is None else self.rank_table.to(device)
-        return self._replace(orders=orders, rank_table=ranks)
+        sleeps = self.sleeps if self.sleeps is None else self.sleeps.to(device)
+        return self._replace(orders=orders, rank_table=ranks, sleeps=sleeps)
 
     def part(self, lanes: slice) -> Draw:
         """What some of the lanes are dealt."""
         orders = tuple(order if order is None else order[lanes] for order in self.orders)
         ranks = self.rank_table if self.rank_table is None else self.rank_table[lanes]
-        return self._replace(orders=orders, rank_table=ranks)
+        sleeps = self.sleeps if self.sleeps is None else self.sleeps[:, lanes]
+        return self._replace(orders=orders, rank_table=ranks, sleeps=sleeps)
 
 
 def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray) -> Draw:
@@ -71,7 +77,18 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
         older = 0 if orders[0] is None else (orders[0] >= 0).sum(1).numpy()
         spare = np.maximum(0, older - SPARE) + np.zeros(step.lanes, np.int64)
         ranks = _spread(rng, spare, capacity or places, admission.rank_max)
-    return Draw(capacity, window, keep_all, passes, orders, jumps, ranks)
+    drawn = Draw(capacity, window, keep_all, passes, orders, jumps, ranks)
+    return drawn if keep_all or not step.sleep_drop else _with_sleep(drawn, config, number)
+
+
+def _with_sleep(draw: Draw, config: TrainConfig, number: int) -> Draw:
+    """The same with sleeps before segments, of as many pairs as a real one may have written."""
+    step, most = config.train, config.train.sleep_pairs
+    rng = np.random.default_rng((config.seed, number, SLEEP_KEY))
+    sleeps = rng.random((step.segments_per_step, step.lanes)) < step.sleep_drop
+    num_pairs = round(float(np.exp(rng.uniform(0, np.log(most)))))
+    seed = int(rng.integers(2**62))
+    return draw._replace(sleeps=torch.from_numpy(sleeps), sleep_pairs=num_pairs, sleep_seed=seed)
 
 
 class Blind(NamedTuple):

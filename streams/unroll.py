@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wakesleep.streams.distractors import Pool, inject, remember
 from wakesleep.streams.ranks import ALONE, Ranks
+from wakesleep.streams.sleep_drop import sleep_drop
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_draws import Draw
 from wakesleep.ttl.model import TTLModel
@@ -82,6 +83,9 @@ def unroll(
             edge = (state.position - window).clamp(min=0)[:, None]
             stored = [torch.where(p < edge, p, p + draw.jumps[k]) for p in stored]
             state = inject(state, pool, draw.orders[k], draw.jumps[k], window)
+        if draw.sleeps is not None and bool(draw.sleeps[k].any()):
+            seed = draw.sleep_seed + k
+            state = sleep_drop(model, state, draw.sleeps[k], draw.sleep_pairs, seed)
         position.append(state.position[:, None] + columns)
         stored.append(position[-1])
         lengths = batch.lengths[:, k]

@@ -1,0 +1,122 @@
+"""Sleep drop: what was taken from the store is in the fast weights, and only the read is taught."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from wakesleep.streams.mqar import MQARConfig
+from wakesleep.streams.sleep_drop import sleep_drop
+from wakesleep.streams.training import StreamModule
+from wakesleep.streams.training_config import AdmissionConfig, DataConfig, StepConfig, TrainConfig
+from wakesleep.streams.training_data import open_source
+from wakesleep.streams.training_draws import draw_step
+from wakesleep.ttl.fast import unit_key
+from wakesleep.ttl.model import ModelConfig
+from wakesleep.ttl.state import named_tensors, select
+from wakesleep.ttl.store import StoreConfig
+
+LANES, K = 4, 16
+CONFIG = TrainConfig(
+    model=ModelConfig(
+        vocab_size=64,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        head_dim=K,
+        mlp_dim=32,
+        window=16,
+        chunk=8,
+        memory_layers=(),
+        store_layers=(0, 1),
+        fast_layers=(1,),
+        store=StoreConfig(capacity=24, hidden=8),
+    ),
+    data=DataConfig(kind="mqar", mqar=MQARConfig(pairs=6, queries=6, vocab_size=64)),
+    train=StepConfig(
+        lanes=LANES, sequence_len=64, segments_per_step=4, sleep_drop=0.5, sleep_pairs=6
+    ),
+    admission=AdmissionConfig(distractor_share=1.0, distractor_pool=32),
+)
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    return StreamModule(CONFIG)
+
+
+def test_what_left_the_store_is_given_back_by_the_fast_weights(module):
+    model = module.model
+    tokens = torch.randint(64, (LANES, 48))
+    state = model(tokens, model.init_state(LANES))[1]
+    lanes = torch.tensor([True, False, True, False])
+    after = sleep_drop(model, state, lanes, 5, seed=3)
+    store, left = state.blocks[1].store, after.blocks[1].store
+    gone = (store.position >= 0) & (left.position < 0)
+    assert torch.equal(gone.sum(-1), torch.where(lanes[:, None], 5, 0).expand(-1, 2))
+    told = unit_key(store.k) @ after.blocks[1].fast.s
+    assert torch.cosine_similarity(told, store.v, dim=-1)[gone].min() > 0.9
+    assert torch.equal(left.position[~gone], store.position[~gone])
+    rest = torch.tensor([1, 3])
+    pairs = zip(named_tensors(select(after, rest)), named_tensors(select(state, rest)), strict=True)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+    assert torch.equal(after.blocks[0].store.position, state.blocks[0].store.position)
+
+
+def test_the_write_has_no_gradient_and_the_read_has_one(module):
+    model = module.model
+    fast = model.blocks[1].attention.fast
+    with torch.no_grad():
+        fast.gate.fill_(0.5)
+    tokens = torch.randint(64, (LANES, 48))
+    state = model(tokens, model.init_state(LANES))[1]
+    after = sleep_drop(model, state, torch.ones(LANES, dtype=torch.bool), 5, seed=3)
+    assert after.blocks[1].store.v.requires_grad
+    assert not after.blocks[1].fast.s.requires_grad
+    y = model(tokens[:, :8], after)[0]
+    grads = torch.autograd.grad(y.square().mean(), [fast.gate, fast.floor], retain_graph=True)
+    assert all(grad.abs().min() > 0 for grad in grads)
+
+
+def test_a_step_with_sleeps_teaches_the_gate_of_closed_fast_weights(module):
+    source = open_source(CONFIG)
+    gates = []
+    for share in (0.0, 1.0):
+        config = dataclasses.replace(
+            CONFIG, train=dataclasses.replace(CONFIG.train, sleep_drop=share)
+        )
+        torch.manual_seed(0)
+        module = StreamModule(config)
+        module.training_step(source.batch(0), 0).backward()
+        gates.append(module.model.blocks[1].attention.fast.gate.grad)
+    assert not gates[0].any() and gates[1].abs().min() > 0
+
+
+def test_sleeps_are_drawn_by_number_as_often_as_asked_and_as_long_as_allowed():
+    facts, slept, lengths = torch.full((LANES,), 12).numpy(), [], []
+    for number in range(300):
+        draw = draw_step(CONFIG, number, 32, facts)
+        again = draw_step(CONFIG, number, 32, facts)
+        assert torch.equal(draw.sleeps, again.sleeps) and draw.sleep_seed == again.sleep_seed
+        slept.append(draw.sleeps.double().mean())
+        lengths.append(draw.sleep_pairs)
+    assert torch.stack(slept).mean() == pytest.approx(0.5, abs=0.03)
+    assert set(lengths) == set(range(1, 7))
+    part = draw.part(slice(1, 3))
+    assert torch.equal(part.sleeps, draw.sleeps[:, 1:3])
+
+
+def test_steps_that_keep_everything_do_not_sleep():
+    admission = dataclasses.replace(CONFIG.admission, keep_all_share=1.0)
+    config = dataclasses.replace(CONFIG, admission=admission)
+    facts = torch.full((LANES,), 12).numpy()
+    assert all(draw_step(config, n, 32, facts).sleeps is None for n in range(5))
+
+
+@pytest.mark.parametrize("layers", [{"fast_layers": ()}, {"store_layers": (0,)}])
+def test_a_model_that_cannot_sleep_is_refused(layers):
+    with pytest.raises(ValueError, match=r"sleep_drop needs a layer of model.fast_layers"):
+        dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **layers))
