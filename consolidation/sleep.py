@@ -95,9 +95,14 @@ def check_model(model: TTLModel) -> list[int]:
     """The layers that replay can write: they have fast weights, and a store to fill them from.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or what is written awake would not be protected.
     """
     c = model.config
+    if c.fast.write == "always":
+        raise ValueError(
+            "sleep.rule=replay protects what sleep has written, and this model writes its fast "
+            "weights awake, too (fast.write=always)"
+        )
     layers = sorted(set(c.fast_layers) & set(c.store_layers))
     if not layers:
         raise ValueError(

@@ -103,7 +103,7 @@ class WindowAttention(nn.Module):
         self.page_bias = nn.Parameter(torch.zeros(num_heads)) if page else None
         self.out = nn.Linear(inner, dim, bias=False)
         self.store = ExactStore(store, dim, num_heads, head_dim) if store else None
-        self.fast = FastWeights(fast, num_heads, head_dim) if fast else None
+        self.fast = FastWeights(fast, dim, num_heads, head_dim, chunk) if fast else None
         self._init_parameters()
 
     @torch.no_grad()
@@ -152,11 +152,11 @@ class WindowAttention(nn.Module):
         surprise: Tensor | None = None,
         page: PageView | None = None,
         fast: FastState | None = None,
-    ) -> tuple[Tensor, WindowState, StoreState | None]:
+    ) -> tuple[Tensor, WindowState, StoreState | None, FastState | None]:
         """Read x [B, T, D]; returns values [B, T, D] and the next states.
 
         Args:
-            fast: what sleep has written, for a layer with fast weights; it is not changed.
+            fast: for a layer with fast weights.
             surprise: [B, H, T] write strength of the block's memory, for the scores that need it.
             page: the open page, this call's tokens included; no lane may go beyond it.
         """
@@ -176,12 +176,16 @@ class WindowAttention(nn.Module):
         if blind is not None:
             blind = scatter(grid, blind, torch.zeros_like(blind[:, :1]).expand(-1, C))
         given = given._replace(blind=blind)
-        asleep = None if self.fast is None else self.fast.read(q, fast).flatten(2)
+        asleep = None
+        if self.fast is not None:
+            pairs = (slots[0], slots[1], live)
+            asleep, fast = self.fast(x, q, *pairs, fast, grid, given.recompute)
         q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
         values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page)
         state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)
         y = gather(grid, values, x.shape[1])
-        return self.out(y if asleep is None else y + asleep), state, store
+        y = self.out(y if asleep is None else y + asleep.flatten(2))
+        return y, state, store, fast
 
     def context(self, h: Tensor) -> Tensor:
         """Keys and values [B, T, 2, H, K] of what a memory gave back, h [B, T, D]."""

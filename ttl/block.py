@@ -72,10 +72,10 @@ class Block(nn.Module):
     def _mix(self, x: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
         """What attention and memory add to x; also the next state, surprise and written."""
         if self.memory is None:
-            a, window, store = self.attention(
+            a, window, store, fast = self.attention(
                 self.norm(x), state.window, state.store, grid, given, fast=state.fast
             )
-            return x + a, state._replace(window=window, store=store), None, None
+            return x + a, state._replace(window=window, store=store, fast=fast), None, None
         match self.combine:
             case "mag":
                 h = self.norm(x)
@@ -88,10 +88,10 @@ class Block(nn.Module):
                 read = self.norm(x)
             case "mac":
                 return self._mix_pages(x, state, grid, given)
-        a, window, store = self.attention(
+        a, window, store, fast = self.attention(
             read, state.window, state.store, grid, given, wrote.per_head, fast=state.fast
         )
-        state = state._replace(window=window, store=store, memory=memory)
+        state = state._replace(window=window, store=store, memory=memory, fast=fast)
         return x + a, state, wrote.surprise, wrote.written
 
     def _mix_pages(self, x: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
@@ -114,10 +114,10 @@ class Block(nn.Module):
         kv = scatter(pages, kv, state.page.to(kv.dtype))
         live = scatter(pages, given.live, memory.live)
         view = PageView(kv, live, piece.chunks.position % pages.chunk)
-        y, window, store = self.attention(
+        y, window, store, fast = self.attention(
             h, state.window, state.store, piece.chunks, given, page=view, fast=state.fast
         )
         gate = 2 * self.memory.read(y, memory).sigmoid()  # 1 for a memory with nothing to say
         memory, wrote = self.memory.append(y, memory, pages, given.live, given.recompute)
         page = carry(pages, kv).to(state.page.dtype)
-        return y * gate, BlockState(window, store, memory, state.fast, page), wrote
+        return y * gate, BlockState(window, store, memory, fast, page), wrote

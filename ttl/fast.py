@@ -1,48 +1,116 @@
-"""Fast weights: a linear memory per head that is read awake and written asleep.
+"""Fast weights: a linear memory per head that shares queries, keys and values with the window.
 
-They share queries, keys and values with the window and the store, so that a pair of the store is a
-pair of the fast weights: sleep writes it once more, here, and its place in the store is free. Keys
-and queries are of length 1 and know no position.
+A pair of the store is a pair of the fast weights: sleep writes it once more, here, and its place in
+the store is free. Keys and queries are of length 1 and know no position.
 
-Shapes: B lanes, T tokens, H heads, K head width, S store places.
+    write="asleep"   sleep alone writes; awake, all tokens read the same fast weights
+    write="always"   every token writes by the gated delta rule, too, and reads behind its write:
+                     the setting of arXiv 2605.26099, and what sleep by recurrence needs
+
+Shapes: B lanes, T tokens, H heads, K head width, S store places, C chunk, N chunks, G = N * C.
+Source of the delta rule: Gated DeltaNet, arXiv 2412.06464; see `kernels/delta_rule.py`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wakesleep.kernels.delta_rule import DeltaMemory
+from wakesleep.ttl.grid import Grid, carry, from_chunks, gather, scatter, to_chunks
+from wakesleep.ttl.memory_scan import Chunks, scan
 from wakesleep.ttl.state import FastState, ProbeState
 
 PROBES = 256  # per head: half of them for the gate, half for an audit that it never sees
 FLOOR_INIT = 0.1  # RMS of an answer that counts half
+GATE_INIT = 0.5  # of fast weights that are written awake; else 0, a model without them, at first
+KEEP_INIT, STEP_INIT = 0.995, 0.5  # of the write gates at the start
+GATE_STD = 0.02  # of their weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastConfig:
+    write: Literal["asleep", "always"] = "asleep"
     lam: float = 0.05  # ridge of the protected write; one key of length 1 has weight 1
 
     def __post_init__(self) -> None:
+        if self.write not in ("asleep", "always"):
+            raise ValueError(f"fast.write must be asleep or always, got {self.write!r}")
         if not 1e-6 <= self.lam < math.inf:
             raise ValueError(f"fast.lam must be from 1e-6 to inf, got {self.lam}")
 
 
 class FastWeights(nn.Module):
-    """The read of fast weights; they themselves are in the state."""
+    """The read of fast weights, and their write awake; they themselves are in the state."""
 
-    def __init__(self, config: FastConfig, num_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, config: FastConfig, dim: int, num_heads: int, head_dim: int, chunk: int
+    ) -> None:
         super().__init__()
         self.config, self.num_heads, self.head_dim = config, num_heads, head_dim
-        self.gate = nn.Parameter(torch.zeros(num_heads))  # zero: a model without them, at first
+        awake = config.write == "always"
+        self.chunk = chunk if awake else 0
+        self.gate = nn.Parameter(torch.full((num_heads,), GATE_INIT if awake else 0.0))
         self.floor = nn.Parameter(torch.full((num_heads,), FLOOR_INIT).log())
+        if awake:
+            self.gates = nn.Linear(dim, 2 * num_heads)  # keep, then step
+            nn.init.normal_(self.gates.weight, std=GATE_STD)
+            starts = torch.tensor([KEEP_INIT, STEP_INIT]).logit()
+            with torch.no_grad():
+                self.gates.bias.copy_(starts.repeat_interleave(num_heads))
 
     def init_state(self, batch: int, capacity: int, like: Tensor) -> FastState:
-        """Fast weights of lanes that have never slept, with a store of `capacity` (0 = none)."""
-        return no_fast_weights(like, batch, self.num_heads, self.head_dim, capacity)
+        """Fast weights of lanes that have read nothing, with a store of `capacity` (0 = none)."""
+        return no_fast_weights(like, batch, self.num_heads, self.head_dim, capacity, self.chunk)
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        live: Tensor,
+        state: FastState,
+        grid: Grid,
+        recompute: bool = False,
+    ) -> tuple[Tensor, FastState]:
+        """What the call's tokens read, [B, T, H, K], and the next state.
+
+        Args:
+            x: [B, T, D] the block's input; q: [B, T, H, K] its queries.
+            k, v: [B, G, H, K] of the open chunk and the call; live: [B, G] bool.
+            recompute: do the work of each chunk again in the backward pass.
+        """
+        if self.config.write == "asleep":
+            return self.read(q, state), state
+        gates = self.gates(x).to(state.gates.dtype).sigmoid()
+        gates = gates.unflatten(-1, (2, self.num_heads)).transpose(-1, -2)
+        gates = scatter(grid, gates, state.gates)  # [B, G, H, 2]
+        queries = scatter(grid, q, q.new_zeros(q.shape[0], self.chunk, *q.shape[2:]))
+        with torch.autocast(x.device.type, enabled=False):
+            k = unit_key(k)
+            dtype, B = k.dtype, live.shape[0]
+            parts = [to_chunks(t, self.chunk) for t in (unit_key(queries), k, v.to(dtype))]
+            keep, step = to_chunks(gates, self.chunk).to(dtype).unbind(-1)
+            chunks = Chunks(
+                *parts,
+                keep=keep,
+                eta=None,
+                step=step,
+                live=live.view(B, -1, self.chunk).transpose(0, 1),
+                closed=torch.arange(grid.num_chunks, device=x.device)[:, None] < grid.closed,
+            )
+            stacks, unused = (state.s.to(dtype).flatten(0, 1),), k.new_zeros(B, 2)
+            run = scan(DeltaMemory(), stacks, chunks, unused, recompute=recompute)
+            y = gather(grid, from_chunks(run.y, self.num_heads), x.shape[1])
+            y = self._shown(y).to(q.dtype)
+            s = run.stacks[0].unflatten(0, (B, -1)).to(state.s.dtype)
+        return y, state._replace(s=s, gates=carry(grid, gates))
 
     def read(self, q: Tensor, state: FastState) -> Tensor:
         """What the fast weights give back for queries q [B, T, H, K], in the same shape and dtype.
@@ -52,23 +120,31 @@ class FastWeights(nn.Module):
         """
         with torch.autocast(q.device.type, enabled=False):
             unit = unit_key(q).transpose(1, 2)
-            y = (unit @ state.s.to(unit.dtype)).transpose(1, 2)  # [B, T, H, K]
-            power = y.square().mean(-1, keepdim=True)
-            floor = self.floor.to(y.dtype).exp().square()[:, None]
-            y = y * (power + floor).rsqrt() * self.gate.to(y.dtype)[:, None]
+            y = self._shown((unit @ state.s.to(unit.dtype)).transpose(1, 2))
         return y.to(q.dtype)
+
+    def _shown(self, y: Tensor) -> Tensor:
+        """Answers [B, T, H, K] as they are added to the attention's values."""
+        power = y.square().mean(-1, keepdim=True)
+        floor = self.floor.to(y.dtype).exp().square()[:, None]
+        return y * (power + floor).rsqrt() * self.gate.to(y.dtype)[:, None]
 
 
 def no_fast_weights(
-    like: Tensor, batch: int, num_heads: int, head_dim: int, capacity: int = 0
+    like: Tensor, batch: int, num_heads: int, head_dim: int, capacity: int = 0, chunk: int = 0
 ) -> FastState:
-    """Nothing written, no probes, on the device of `like` and with probes of its dtype."""
+    """Nothing written, no probes, on the device of `like` and with probes of its dtype.
+
+    chunk: tokens of the open chunk whose gates are kept; 0 where nothing is written awake.
+    """
     heads = (batch, num_heads)
-    matrix = torch.zeros(*heads, head_dim, head_dim, device=like.device)
+    wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    matrix = torch.zeros(*heads, head_dim, head_dim, **wide)
     places = torch.full((*heads, capacity), -1, device=like.device)
     k = like.new_zeros(*heads, PROBES, head_dim)
     probes = ProbeState(k, k.clone(), places.new_full((*heads, PROBES), -1))
-    return FastState(matrix, matrix.clone(), places, probes)
+    gates = torch.zeros(batch, chunk, num_heads, 2, **wide)
+    return FastState(matrix, matrix.clone(), gates, places, probes)
 
 
 def follow(asleep: Tensor, position: Tensor) -> Tensor:

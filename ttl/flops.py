@@ -11,6 +11,7 @@ Shapes: B lanes, T tokens, D width, H heads, K head width, W window, C chunk, P 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,8 @@ def segment_flops(
                 hidden = c.store.hidden * (c.dim + c.num_heads)
                 parts.append(PartCost("admission", layer, 2 * tokens * hidden))
         if layer in c.fast_layers:
-            parts.append(PartCost("fast weights", layer, 2 * tokens * inner * c.head_dim))
+            adds, solve = _fast(c, position, num_tokens)
+            parts.append(PartCost("fast weights", layer, 2 * batch * adds, batch * solve))
         if layer in c.memory_layers:
             cost = _pages if paged else _memory
             adds, solve = cost(c, position, num_tokens, written)
@@ -164,7 +166,8 @@ def state_bytes(
             parts.append(PartBytes("memory", layer, batch * memory))
         if layer in c.fast_layers:
             places = S if layer in c.store_layers else 0
-            fast = 2 * c.head_dim**2 * 4 + 8 * places + PROBES * (pair + 8)
+            numbers = 2 * c.head_dim**2 + (2 * c.chunk if c.fast.write == "always" else 0)
+            fast = max(4, size) * numbers + 8 * places + PROBES * (pair + 8)
             parts.append(PartBytes("fast weights", layer, batch * H * fast))
     ids = SPAN + W + c.chunk
     parts.append(PartBytes("ids and counters", None, batch * 8 * (ids + 3)))
@@ -204,6 +207,20 @@ def _memory(
         adds, solve = adds + add, solve + cube
     project = num_tokens * c.dim * c.num_heads * (4 * K + 2 + levels)
     return project + c.num_heads * adds, c.num_heads * solve
+
+
+def _fast(config: ModelConfig, position: int, num_tokens: int) -> tuple[int, int]:
+    """Multiply-adds and cubes of solves of one lane's fast weights.
+
+    Written awake, they cost what a memory by the delta rule costs, with two gates of their own and
+    the window's queries, keys and values.
+    """
+    c, H, K = config, config.num_heads, config.head_dim
+    if c.fast.write == "asleep":
+        return num_tokens * H * K * K, 0
+    like = replace(c, combine="mag", memory=MemoryConfig(kind="delta"))
+    adds, solve = _memory(like, position, num_tokens, None)
+    return adds - num_tokens * c.dim * H * (4 * K + 3) + num_tokens * c.dim * 2 * H, solve
 
 
 def _pages(

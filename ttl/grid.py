@@ -8,7 +8,7 @@ lanes share every matrix product, and what makes the result independent of where
     open chunk         new tokens of the call            not there yet
     [o o o o n n n n] [n n n n n n n n] [n n n . . . . .]
 
-Shapes: B lanes, T tokens of the call, C chunk, N chunks, G = N * C slots.
+Shapes: B lanes, T tokens of the call, C chunk, N chunks, G = N * C slots, H heads.
 """
 
 from __future__ import annotations
@@ -100,6 +100,17 @@ def carry(grid: Grid, y: Tensor, before: int = 0) -> Tensor:
     first = (grid.closed * grid.chunk)[:, None]
     columns = torch.arange(before + grid.chunk, device=y.device)
     return _rows(torch.cat([y, nothing], 1), first + columns)
+
+
+def to_chunks(x: Tensor, chunk: int) -> Tensor:
+    """Slots by head, [B, G, H, ...], as chunks of every head: [N, B * H, C, ...]."""
+    return x.unflatten(1, (-1, chunk)).transpose(2, 3).transpose(0, 1).flatten(1, 2)
+
+
+def from_chunks(x: Tensor, num_heads: int) -> Tensor:
+    """The same back: [N, B * H, C, ...] to [B, G, H, ...]."""
+    x = x.unflatten(1, (-1, num_heads)).transpose(2, 3)  # [N, B, C, H, ...]
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

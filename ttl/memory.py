@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from wakesleep.kernels.convolution import short_convolution
 from wakesleep.kernels.delta_rule import DeltaMemory
 from wakesleep.kernels.memory_chunk import MatrixMemory, MLPMemory, Stacks
-from wakesleep.ttl.grid import Grid, carry, gather, scatter
+from wakesleep.ttl.grid import Grid, carry, from_chunks, gather, scatter, to_chunks
 from wakesleep.ttl.memory_scan import Chunks, Memory, Scan, scan
 from wakesleep.ttl.state import MemoryState
 
@@ -203,7 +203,7 @@ class NeuralMemory(nn.Module):
             q, page = self._unit(q), self._fill(state, grid, k, v, gates, live)
             q = scatter(grid, q, torch.zeros_like(state.k))
             run, state = self._run(q, page, state, grid, recompute)
-            y = gather(grid, self._from_chunks(run.y), T)
+            y = gather(grid, from_chunks(run.y, self.num_heads), T)
             stats = self._stats(run, grid, T)
         return self._emit(y, gate, x.dtype), state._replace(tail=tail), stats
 
@@ -311,9 +311,9 @@ class NeuralMemory(nn.Module):
         gates = page.gates.view(B, -1, self.chunk, self.num_heads, page.gates.shape[-1])
         gates = gates.permute(4, 1, 0, 3, 2).flatten(2, 3)  # [2 or 3, N, B * H, C]
         chunks = Chunks(
-            q=None if q is None else self._to_chunks(q),
-            k=self._to_chunks(page.k),
-            v=self._to_chunks(page.v),
+            q=None if q is None else to_chunks(q, self.chunk),
+            k=to_chunks(page.k, self.chunk),
+            v=to_chunks(page.v, self.chunk),
             keep=gates[0],
             step=gates[1],
             eta=gates[2] if self.config.levels == 2 else None,
@@ -340,17 +340,8 @@ class NeuralMemory(nn.Module):
         halves = [s.chunk(2, 2) for s in stacks]
         return tuple(h[0] for h in halves), tuple(h[1] for h in halves)
 
-    def _to_chunks(self, x: Tensor) -> Tensor:
-        """[B, G, H, K] to [N, B * H, C, K]."""
-        return x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-
-    def _from_chunks(self, x: Tensor) -> Tensor:
-        """[N, B * H, C, ...] to [B, G, H, ...]."""
-        x = x.unflatten(1, (-1, self.num_heads)).transpose(2, 3)  # [N, B, C, H, ...]
-        return x.transpose(0, 1).flatten(1, 2)
-
     def _stats(self, run: Scan, grid: Grid, num_tokens: int) -> WriteStats:
-        per_head = gather(grid, self._from_chunks(run.surprise), num_tokens)  # [B, T, H]
+        per_head = gather(grid, from_chunks(run.surprise, self.num_heads), num_tokens)  # [B, T, H]
         written = gather(grid, run.written.transpose(0, 1).flatten(1, 2), num_tokens)
         return WriteStats(per_head.mean(-1), per_head.transpose(1, 2), written)
 

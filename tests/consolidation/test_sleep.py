@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,6 +13,7 @@ from wakesleep.consolidation.budget import Cost, Ledger
 from wakesleep.consolidation.sleep import replay_sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.consolidation.tail import tail_nats
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import named_tensors, select
@@ -208,21 +211,14 @@ def test_an_empty_store_and_a_short_stream_are_slept_over_without_harm(model):
         assert not changed(state, after) and report.reason == "nothing more to write"
 
 
-def test_a_model_that_cannot_sleep_is_refused():
-    without = TTLModel(
-        ModelConfig(
-            vocab_size=VOCAB,
-            dim=24,
-            num_layers=2,
-            num_heads=H,
-            head_dim=K,
-            mlp_dim=16,
-            window=8,
-            chunk=4,
-            memory_layers=(),
-            store_layers=(0,),
-            fast_layers=(1,),
-        )
-    )
-    with pytest.raises(ValueError, match=r"fast_layers \[1\], store_layers \[0\]"):
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"store_layers": (0,), "fast_layers": (1,)}, r"fast_layers \[1\], store_layers \[0\]"),
+        ({"fast": FastConfig(write="always")}, r"fast.write=always"),
+    ],
+)
+def test_a_model_that_cannot_sleep_is_refused(options, why):
+    without = TTLModel(replace(CONFIG, **options))
+    with pytest.raises(ValueError, match=why):
         sleep(without, without.init_state(1))

@@ -17,6 +17,7 @@ from wakesleep.ttl.checks import (
     assert_isolated,
     assert_truncates,
 )
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import detach, flatten, map_state, named_tensors, nbytes, select
@@ -69,12 +70,19 @@ ROWS = {
     "mal, memory and store": make({"kind": "mlp"}, {}, combine="mal"),
     "fast weights": make(fast_layers=(0, 2)),
     "mag, memory, store and fast weights": make({"kind": "delta"}, {}, fast_layers=(1, 2)),
+    "fast weights written awake": make(fast_layers=(0, 2), fast=FastConfig(write="always")),
+    "mag, memory, store and fast weights written awake": make(
+        {"kind": "mlp"}, {}, fast_layers=(1,), fast=FastConfig(write="always")
+    ),
     "mac, memory": make({"kind": "mlp", "page": 8}, combine="mac"),
     "mac, memory, store, persistent": make(
         {"kind": "matrix", "page": 12}, {}, combine="mac", num_persistent=2
     ),
     "mac, memory and fast weights": make(
         {"kind": "mlp", "page": 8}, combine="mac", fast_layers=(1,)
+    ),
+    "mac, memory and fast weights written awake": make(
+        {"kind": "mlp", "page": 8}, combine="mac", fast_layers=(1,), fast=FastConfig(write="always")
     ),
 }
 
@@ -89,7 +97,7 @@ def build(config: ModelConfig, scale: float = 1.0) -> TTLModel:
     model = TTLModel(config).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "memory" in name:
+            if "memory" in name or "fast.gates" in name:
                 parameter.mul_(scale)
             if name.endswith("fast.gate"):
                 parameter.fill_(scale)
@@ -101,7 +109,7 @@ def begin(model: TTLModel):
     state, generator = model.init_state(B), torch.Generator().manual_seed(3)
 
     def wrote(block):
-        s = torch.randn(block.fast.s.shape, generator=generator)
+        s = torch.randn(block.fast.s.shape, generator=generator).to(block.fast.s.dtype)
         return block._replace(fast=block.fast._replace(s=s))
 
     return state._replace(blocks=tuple(map(wrote, state.blocks)))
@@ -227,7 +235,8 @@ def test_what_blind_tokens_predict_comes_from_the_memories_alone(config):
     blind[0] = True
     a, b = (model(tokens, begin(model), blind=blind)[0] for tokens in (x, other))
     lasts = (a - b).abs().amax(-1)[:, -1]
-    assert (lasts[0] > 0) == bool(config.memory_layers) and (lasts[1:] > 0).all()
+    brought = config.memory_layers or (config.fast_layers and config.fast.write == "always")
+    assert (lasts[0] > 0) == bool(brought) and (lasts[1:] > 0).all()
     pieces, state = [], begin(model)
     for start in range(0, 3 * C, 3):
         here = slice(start, start + 3)

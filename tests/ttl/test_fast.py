@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from wakesleep.kernels.memory_reference import Tokens, delta_loop
 from wakesleep.kernels.protected_write import protected_write
 from wakesleep.ttl.fast import FastConfig, FastWeights, follow, unit_key
+from wakesleep.ttl.grid import make_grid, scatter
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import FastState
 
@@ -17,7 +19,7 @@ OPEN = 0.8
 
 def written(k, v) -> FastState:
     """Fast weights that hold the pairs k, v [H, n, K] of one lane."""
-    weights = FastWeights(FastConfig(), k.shape[0], k.shape[-1])
+    weights = FastWeights(FastConfig(), 8, k.shape[0], k.shape[-1], 4)
     state = weights.init_state(1, 0, k)
     s, covariance = protected_write(state.s, state.covariance, k[None], v[None], lam=0.01)
     return state._replace(s=s, covariance=covariance)
@@ -39,7 +41,7 @@ def test_a_model_with_closed_fast_weights_is_the_model_without_them():
 @torch.no_grad()
 def test_a_written_key_brings_its_value_at_the_length_of_the_gate_and_any_other_one_little():
     k, v = unit_key(torch.randn(3, 12, 64)), torch.randn(3, 12, 64)
-    weights = FastWeights(FastConfig(), 3, 64)
+    weights = FastWeights(FastConfig(), 8, 3, 64, 4)
     weights.gate.fill_(OPEN)
     state = written(k, v)
     told = weights.read(5 * k.transpose(0, 1)[None], state)[0].transpose(0, 1)
@@ -53,7 +55,7 @@ def test_a_written_key_brings_its_value_at_the_length_of_the_gate_and_any_other_
 
 @torch.no_grad()
 def test_queries_of_length_zero_and_fast_weights_of_zeros_give_zeros():
-    weights = FastWeights(FastConfig(), 2, 8)
+    weights = FastWeights(FastConfig(), 8, 2, 8, 4)
     weights.gate.fill_(OPEN)
     q = torch.randn(1, 3, 2, 8)
     state = weights.init_state(1, 0, q)
@@ -64,7 +66,7 @@ def test_queries_of_length_zero_and_fast_weights_of_zeros_give_zeros():
 
 def test_what_fast_weights_read_from_in_bfloat16_is_float32():
     torch.manual_seed(2)
-    weights = FastWeights(FastConfig(), 2, 8).to(torch.bfloat16)
+    weights = FastWeights(FastConfig(), 8, 2, 8, 4).to(torch.bfloat16)
     with torch.no_grad():
         weights.gate.fill_(OPEN)
     q = torch.randn(1, 3, 2, 8, dtype=torch.bfloat16)
@@ -96,3 +98,47 @@ def test_a_written_pair_is_known_by_its_position_wherever_the_store_has_put_it()
     expected = torch.tensor([[[90, -1, -1, 3, -1], [-1] * 5]])
     assert torch.equal(follow(asleep, position), expected)
     assert torch.equal(follow(asleep[..., :0], position), torch.full_like(position, -1))
+
+
+@pytest.mark.parametrize("lengths", [(11, 11), (7, 11)])
+def test_what_is_written_awake_equals_the_delta_rule_token_by_token(lengths):
+    """Reads, fast weights and their gradients; tokens that are not live write nothing."""
+    torch.manual_seed(5)
+    B, T, D, H, K, C = 2, 11, 8, 2, 6, 4
+    weights = FastWeights(FastConfig(write="always"), D, H, K, C).double()
+    like = torch.zeros(1, dtype=torch.float64)
+    state = weights.init_state(B, 0, like)
+    start = torch.randn(B, H, K, K, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    q, k, v = (torch.randn(B, T, H, K, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    live = torch.rand(B, T) < 0.8
+    long = torch.tensor(lengths)
+    grid = make_grid(torch.zeros(B, dtype=torch.int64), long, C, T)
+    slots = [scatter(grid, t, t.new_zeros(B, C, *t.shape[2:])) for t in (k, v, live)]
+    y, after = weights(x, q, *slots, state._replace(s=start), grid)
+    gates = weights.gates(x).sigmoid().unflatten(-1, (2, H))
+    probe, total, expected = torch.randn(B, T, H, K, dtype=torch.float64), 0.0, 0.0
+    for b in range(B):
+        n = lengths[b]
+        total = total + (y[b, :n] * probe[b, :n]).sum()
+        for h in range(H):
+            here = (slice(0, n), h)
+            tokens = Tokens(
+                unit_key(q[b][here]),
+                unit_key(k[b][here]),
+                v[b][here],
+                gates[b, :n, 0, h],
+                None,
+                gates[b, :n, 1, h],
+                live[b, :n],
+            )
+            told, _ = delta_loop(start[b, h], tokens)
+            shown = weights._shown(told[None, :, None].expand(1, n, H, K))[0, :, h]
+            torch.testing.assert_close(y[b, :n, h], shown, rtol=0, atol=1e-12)
+            expected = expected + (shown * probe[b, :n, h]).sum()
+            done = Tokens(*(None if t is None else t[: n // C * C] for t in tokens))
+            torch.testing.assert_close(after.s[b, h], delta_loop(start[b, h], done)[1])
+    leaves = [start, q, k, v, weights.gates.weight, weights.gate, weights.floor]
+    found, wanted = (torch.autograd.grad(t, leaves, retain_graph=True) for t in (total, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep.ttl import memory_scan
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.flops import flop_table, segment_flops, state_bytes, wake_flops
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
@@ -43,6 +44,7 @@ CONFIGS = {
     "store recency with quota": make(store={"score": "recency", "quota": True, "capacity": 16}),
     "store mass": make(store={"score": "mass"}, num_persistent=1),
     "fast weights": make(fast_layers=(0, 1)),
+    "fast weights written awake": make(fast_layers=(0, 1), fast=FastConfig(write="always")),
     "mag": make({}, {}),
     "mal": make({}, {}, combine="mal"),
     "mac mlp, fast weights": make({"page": 12}, {}, combine="mac", fast_layers=(1,)),
