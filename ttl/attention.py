@@ -63,6 +63,7 @@ class AttentionInput(NamedTuple):
     read_floor: float = 0.0  # smaller shares of one query's attention count as no reading
     blind: Tensor | None = None  # [B, T] bool: queries that see of the window themselves alone
     recompute: bool = False  # reads and writes of a chunk are done again in the backward pass
+    keep_power: float | None = None  # of what fast weights keep, in a pass of sleep; None = awake
 
 
 class WindowAttention(nn.Module):
@@ -179,7 +180,8 @@ class WindowAttention(nn.Module):
         asleep = None
         if self.fast is not None:
             pairs = (slots[0], slots[1], live)
-            asleep, fast = self.fast(x, q, *pairs, fast, grid, given.recompute)
+            power = 1.0 if given.keep_power is None else given.keep_power
+            asleep, fast = self.fast(x, q, *pairs, fast, grid, power, given.recompute)
         q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
         values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page)
         state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)

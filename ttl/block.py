@@ -79,11 +79,11 @@ class Block(nn.Module):
         match self.combine:
             case "mag":
                 h = self.norm(x)
-                m, memory, wrote = self.memory(h, state.memory, grid, given.live, given.recompute)
+                m, memory, wrote = self._remember(h, state, grid, given)
                 x, read = x + m, h
             case "mal":
                 h = self.memory_norm(x)
-                m, memory, wrote = self.memory(h, state.memory, grid, given.live, given.recompute)
+                m, memory, wrote = self._remember(h, state, grid, given)
                 x = x + m
                 read = self.norm(x)
             case "mac":
@@ -93,6 +93,11 @@ class Block(nn.Module):
         )
         state = state._replace(window=window, store=store, memory=memory, fast=fast)
         return x + a, state, wrote.surprise, wrote.written
+
+    def _remember(self, h: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
+        """What the memory says of h, its next state and what it wrote; asleep it writes nothing."""
+        frozen = given.keep_power is not None
+        return self.memory(h, state.memory, grid, given.live, given.recompute, frozen)
 
     def _mix_pages(self, x: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
         """MAC, page by page: no piece of the call crosses a boundary of its lane."""

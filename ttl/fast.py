@@ -77,6 +77,7 @@ class FastWeights(nn.Module):
         live: Tensor,
         state: FastState,
         grid: Grid,
+        keep_power: float = 1.0,
         recompute: bool = False,
     ) -> tuple[Tensor, FastState]:
         """What the call's tokens read, [B, T, H, K], and the next state.
@@ -84,6 +85,7 @@ class FastWeights(nn.Module):
         Args:
             x: [B, T, D] the block's input; q: [B, T, H, K] its queries.
             k, v: [B, G, H, K] of the open chunk and the call; live: [B, G] bool.
+            keep_power: exponent of what a token keeps: 0 = nothing decays.
             recompute: do the work of each chunk again in the backward pass.
         """
         if self.config.write == "asleep":
@@ -99,7 +101,7 @@ class FastWeights(nn.Module):
             keep, step = to_chunks(gates, self.chunk).to(dtype).unbind(-1)
             chunks = Chunks(
                 *parts,
-                keep=keep,
+                keep=keep if keep_power == 1 else keep**keep_power,
                 eta=None,
                 step=step,
                 live=live.view(B, -1, self.chunk).transpose(0, 1),

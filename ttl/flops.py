@@ -171,6 +171,8 @@ def state_bytes(
             parts.append(PartBytes("fast weights", layer, batch * H * fast))
     ids = SPAN + W + c.chunk
     parts.append(PartBytes("ids and counters", None, batch * 8 * (ids + 3)))
+    if c.recent:
+        parts.append(PartBytes("recent", None, batch * c.recent * (16 + c.dim * size)))
     return parts
 
 

@@ -179,7 +179,13 @@ class NeuralMemory(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: MemoryState, grid: Grid, live: Tensor, recompute: bool = False
+        self,
+        x: Tensor,
+        state: MemoryState,
+        grid: Grid,
+        live: Tensor,
+        recompute: bool = False,
+        frozen: bool = False,
     ) -> tuple[Tensor, MemoryState, WriteStats]:
         """Read and write x [B, T, D]; every token reads the memory that has learned it.
 
@@ -189,6 +195,7 @@ class NeuralMemory(nn.Module):
         Args:
             live: [B, T] bool; other rows count as zeros and are not written.
             recompute: do the work of each chunk again in the backward pass.
+            frozen: nothing is kept less and nothing is written.
 
         Returns:
             y [B, T, D], the next state, WriteStats.
@@ -199,6 +206,9 @@ class NeuralMemory(nn.Module):
         projected, tail = short_convolution(self.qkv(x), self.taps, state.tail, grid.lengths)
         q, k, v = projected.view(*x.shape[:2], 3, self.num_heads, self.head_dim).unbind(2)
         gate, gates = self._gates(x)
+        if frozen:
+            nothing = [1.0] + [0.0] * self.config.levels  # keep, then step and momentum
+            gates = gates.new_tensor(nothing).expand_as(gates)
         with torch.autocast(x.device.type, enabled=False):
             q, page = self._unit(q), self._fill(state, grid, k, v, gates, live)
             q = scatter(grid, q, torch.zeros_like(state.k))

@@ -43,6 +43,7 @@ class ModelConfig:
     store_layers: tuple[int, ...] = (2,)  # layers with an exact store
     fast_layers: tuple[int, ...] = ()  # layers with fast weights for sleep to write
     num_persistent: int = 0  # learned pairs that every query sees
+    recent: int = 0  # L tokens whose final hidden states are kept, for sleep by recurrence
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     fast: FastConfig = field(default_factory=FastConfig)
@@ -58,6 +59,7 @@ class ModelConfig:
             "window": (1, 2**17),
             "chunk": (1, 4096),
             "num_persistent": (0, 4096),
+            "recent": (0, 2**17),
         }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
@@ -65,6 +67,11 @@ class ModelConfig:
                     f"{name} must be between {low} and {high}, got {getattr(self, name)}"
                 )
         _check_window(self.window, self.chunk)
+        if self.recent % self.chunk or self.recent > self.window:
+            raise ValueError(
+                f"recent must be a multiple of chunk {self.chunk} and at most window "
+                f"{self.window}, got {self.recent}"
+            )
         for name in ("memory_layers", "store_layers", "fast_layers"):
             for layer in getattr(self, name):
                 if not 0 <= layer < self.num_layers:
@@ -154,14 +161,14 @@ class TTLModel(nn.Module):
                 places = 0 if block.attention.store is None else capacity
                 fast = block.attention.fast.init_state(batch, places, weight)
             blocks.append(BlockState(*seen, memory, fast, page))
-        nothing = torch.zeros(batch, 0, **long)
+        nothing = torch.full((batch, c.recent), -1, **long)
         return StreamState(
             blocks=tuple(blocks),
             position=torch.zeros(batch, **long),
             lane=torch.arange(batch, **long),
             ids=torch.full((batch, SPAN + window + c.chunk), -1, **long),
             nonfinite=torch.zeros(batch, **long),
-            recent=RecentState(nothing, nothing.clone(), weight.new_zeros(batch, 0, c.dim)),
+            recent=RecentState(nothing, nothing.clone(), weight.new_zeros(batch, c.recent, c.dim)),
         )
 
     def reset(self, state: StreamState, lanes: Tensor) -> StreamState:
@@ -237,16 +244,60 @@ class TTLModel(nn.Module):
             blocks.append(part)
             stats.append(seen)
         nonfinite = sum(s.nonfinite for s in stats)
+        recent = state.recent
+        if self.config.recent:
+            recent = _recall_last(recent, tokens, state.position, x, lengths)
         state = state._replace(
             blocks=tuple(blocks),
             position=state.position + lengths,
             ids=carry(grid, ids, before=before),
             nonfinite=state.nonfinite + nonfinite,
+            recent=recent,
         )
         x = self.norm(x)
         if head:
             x = nn.functional.linear(x, self.embedding.weight)
         return x, state, StepStats(*_mean_stats(stats, inside), nonfinite)
+
+    def sleep_pass(self, state: StreamState, keep_power: float = 0.0) -> StreamState:
+        """One more pass of the blocks over the last L tokens: features are refreshed, nothing read.
+
+        Hidden states go on from where the last pass left them, and the fast weights from what it
+        wrote; keys, values and gates are made anew. Windows begin empty, as convolutions do; store
+        and memory are read and stay as they are. The state must be at a boundary of chunks.
+
+        Args:
+            keep_power: exponent of what a token's write keeps; 0 = nothing decays in this pass.
+
+        Returns:
+            The state with other fast weights and other hidden states of the last L tokens.
+
+        Raises:
+            ValueError: the model keeps no hidden states, or the state is inside a chunk.
+        """
+        c, recent = self.config, state.recent
+        if not c.recent or c.combine == "mac":
+            raise ValueError(
+                f"sleep by recurrence needs model.recent and combine=mag or mal, got recent "
+                f"{c.recent}, combine {c.combine}"
+            )
+        if bool((state.position % c.chunk).any()):
+            raise ValueError("sleep by recurrence begins at a boundary of chunks")
+        B, L = recent.ids.shape
+        lengths = torch.full((B,), L, dtype=torch.int64, device=recent.ids.device)
+        first = (state.position - L).clamp(min=0) // c.chunk * c.chunk
+        grid = make_grid(first, lengths, c.chunk, L)
+        fresh = self.init_state(B, window=max(L, c.chunk), capacity=1)
+        ids = torch.cat([fresh.ids[:, : SPAN + L], recent.ids], 1)
+        given = AttentionInput(
+            recent.ids >= 0, ids, state.lane, None, None, keep_power=float(keep_power)
+        )
+        x, blocks = recent.hidden, []
+        for block, part, empty in zip(self.blocks, state.blocks, fresh.blocks, strict=True):
+            asleep = part._replace(window=empty.window)
+            x, after, _ = block(x, asleep, grid, given)
+            blocks.append(part._replace(fast=after.fast))
+        return state._replace(blocks=tuple(blocks), recent=recent._replace(hidden=x))
 
     def _check(self, tokens, state, lengths, read_weight, blind, rank_table) -> tuple[int, int]:
         """B and T of a call whose arguments fit each other and this model."""
@@ -306,6 +357,21 @@ class TTLModel(nn.Module):
                     "the state was made with another chunk or page than the model's chunk "
                     f"{self.config.chunk}; the chunk length is part of a model"
                 )
+
+
+def _recall_last(recent: RecentState, tokens, position, hidden, lengths) -> RecentState:
+    """The last L tokens of every lane, of those before the call and of the call's."""
+    B, L = recent.ids.shape
+    at = lengths[:, None] + torch.arange(L, device=lengths.device)
+
+    def last(old: Tensor, new: Tensor) -> Tensor:
+        both = torch.cat([old, new.to(old.dtype)], 1)
+        return both.gather(1, at.view(B, L, *[1] * (old.dim() - 2)).expand(-1, -1, *old.shape[2:]))
+
+    columns = position[:, None] + torch.arange(tokens.shape[1], device=lengths.device)
+    return RecentState(
+        last(recent.ids, tokens), last(recent.position, columns), last(recent.hidden, hidden)
+    )
 
 
 def _check_window(window: int, chunk: int) -> None:

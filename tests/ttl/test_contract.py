@@ -70,7 +70,9 @@ ROWS = {
     "mal, memory and store": make({"kind": "mlp"}, {}, combine="mal"),
     "fast weights": make(fast_layers=(0, 2)),
     "mag, memory, store and fast weights": make({"kind": "delta"}, {}, fast_layers=(1, 2)),
-    "fast weights written awake": make(fast_layers=(0, 2), fast=FastConfig(write="always")),
+    "fast weights written awake": make(
+        fast_layers=(0, 2), fast=FastConfig(write="always"), recent=8
+    ),
     "mag, memory, store and fast weights written awake": make(
         {"kind": "mlp"}, {}, fast_layers=(1,), fast=FastConfig(write="always")
     ),

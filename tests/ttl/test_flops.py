@@ -44,7 +44,9 @@ CONFIGS = {
     "store recency with quota": make(store={"score": "recency", "quota": True, "capacity": 16}),
     "store mass": make(store={"score": "mass"}, num_persistent=1),
     "fast weights": make(fast_layers=(0, 1)),
-    "fast weights written awake": make(fast_layers=(0, 1), fast=FastConfig(write="always")),
+    "fast weights written awake": make(
+        fast_layers=(0, 1), fast=FastConfig(write="always"), recent=8
+    ),
     "mag": make({}, {}),
     "mal": make({}, {}, combine="mal"),
     "mac mlp, fast weights": make({"page": 12}, {}, combine="mac", fast_layers=(1,)),
@@ -191,7 +193,9 @@ def test_bytes_equal_those_of_the_state(config):
             parts = state_bytes(config, batch=2, dtype=dtype, **sizes)
             assert sum(part.nbytes for part in parts) == nbytes(state) == nbytes(later)
             told = {(part.part, part.layer): part.nbytes for part in parts}
-            assert told.pop(("ids and counters", None)) == nbytes(state._replace(blocks=()))
+            counters = nbytes(state._replace(blocks=(), recent=None))
+            assert told.pop(("ids and counters", None)) == counters
+            assert told.pop(("recent", None), 0) == nbytes(state.recent)
             for layer, block in enumerate(state.blocks):
                 assert told.pop(("window", layer)) == nbytes(block.window)
                 assert told.pop(("store", layer), 0) == nbytes(block.store)
