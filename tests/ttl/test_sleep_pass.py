@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -102,6 +103,8 @@ def test_memory_is_read_and_neither_it_nor_store_nor_window_moves(kind):
     state = read(model)[1]
     after = model.sleep_pass(state)
     assert all(".fast.s" in name or name == "recent.hidden" for name in changed(state, after))
+    never = build(memory=MemoryConfig(kind=kind, gate_threshold=math.inf)).sleep_pass(state)
+    torch.testing.assert_close(after.recent.hidden, never.recent.hidden, rtol=0, atol=1e-10)
     block = state.blocks[1]
     other = block._replace(
         memory=block.memory._replace(weights=tuple(w + 0.3 for w in block.memory.weights))
