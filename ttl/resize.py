@@ -1,4 +1,4 @@
-"""Change the window or the store of a state that has already read something.
+"""Change or empty the window, or change the store, of a state that has already read something.
 
 Growing leaves new places empty. Shrinking evicts once: tokens that no longer fit the window compete
 for the store as they would have at a boundary, and of the store's pairs the best stay.
@@ -49,6 +49,32 @@ def resize_state(
         blocks.append(block._replace(window=shown, store=store, fast=fast))
     ids = _resize_front(state.ids, window - old, -1)
     return state._replace(blocks=tuple(blocks), ids=ids)
+
+
+def clear_window(model: TTLModel, state: StreamState) -> StreamState:
+    """Empty the windows (hard eviction): their tokens compete for the store, and are then gone.
+
+    Convolutions go on from the tokens before, as if nothing had happened.
+
+    Raises:
+        ValueError: a lane is inside a chunk.
+    """
+    chunk, window = model.config.chunk, model.window_of(state)
+    if bool((state.position % chunk).any()):
+        raise ValueError("a window is emptied at a boundary of chunks")
+    span = bin_span(state.position, chunk) if model.config.store.quota else None
+    blocks = []
+    for block in state.blocks:
+        store, fast = block.store, block.fast
+        if store is not None:
+            leaving = _leaving(block.window, state.ids, state.position, window, 0)
+            store = _resize_store(store, store.position.shape[-1], leaving, span)
+            if fast.s.shape[1]:
+                fast = fast._replace(asleep=follow(fast.asleep, store.position))
+        parts = (torch.zeros_like(t) for t in block.window[:4])
+        empty = WindowState(*parts, tail=block.window.tail)
+        blocks.append(block._replace(window=empty, store=store, fast=fast))
+    return state._replace(blocks=tuple(blocks))
 
 
 def _resize_store(

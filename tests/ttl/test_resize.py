@@ -15,7 +15,7 @@ from wakesleep.ttl.flops import state_bytes
 from wakesleep.ttl.grid import make_grid
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
-from wakesleep.ttl.resize import resize_state
+from wakesleep.ttl.resize import clear_window, resize_state
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, flatten, named_tensors, nbytes
 from wakesleep.ttl.store import StoreConfig
 
@@ -293,3 +293,29 @@ def test_pairs_that_sleep_has_written_stay_known_wherever_they_are_put(capacity)
     asleep, position = block.fast.asleep, block.store.position
     assert torch.equal(asleep, torch.where(position % 2 == 1, position, -1))
     assert (asleep >= 0).any() and asleep.shape[-1] == capacity
+
+
+def test_an_emptied_window_leaves_its_best_tokens_in_the_store_and_nothing_else():
+    model = build(window=8, capacity=12, score="reservoir")
+    _, state = read(model, draw(60), lengths=[60, 32, 4])
+    after = clear_window(model, state)
+    window, store = after.blocks[0].window, after.blocks[0].store
+    assert not window.live.any() and not window.k.any() and not window.v.any()
+    assert torch.equal(window.tail, state.blocks[0].window.tail)
+    assert torch.equal(after.ids, state.ids) and torch.equal(after.position, state.position)
+    for b, length in enumerate([60, 32, 4]):
+        for h in range(H):
+            before = places(state.blocks[0].store, b, h)
+            kept = places(store, b, h)
+            pool = set(before) | set(range(max(0, length - 8), length))
+            assert set(kept) <= pool and len(kept) == min(12, len(pool))
+            assert all(same({p: kept[p]}, {p: before[p]}) for p in set(kept) & set(before))
+    y, _ = read(model, draw(9, seed=1), after)
+    assert y.isfinite().all()
+
+
+def test_a_window_is_not_emptied_inside_a_chunk():
+    model = build(window=8, capacity=12)
+    _, state = read(model, draw(9))
+    with pytest.raises(ValueError, match=r"boundary of chunks"):
+        clear_window(model, state)
