@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from wakesleep.streams.depo import DepoConfig
 from wakesleep.streams.mixture import MixtureConfig
 from wakesleep.streams.mqar import MQARConfig
 from wakesleep.ttl.model import ModelConfig
@@ -102,6 +103,8 @@ class StepConfig:
     blind_share: float = 0.0  # of predictions without the window: what do the memories know?
     blind_weight: float = 1.0  # of these in the loss
     window_dropout: float = 0.0  # share of segments that a lane reads without the window
+    passes: tuple[int, ...] = ()  # over a segment in which nothing is asked, one drawn per step
+    evict: Literal["keep", "hard"] = "keep"  # hard: the window is emptied after these passes
     sleep_drop: float = 0.0  # share of segments before which a lane sleeps
     sleep_pairs: int = 48  # per head that such a sleep writes at most
     z_loss: float = 0.0  # weight of (log of the softmax's normaliser) squared
@@ -117,6 +120,7 @@ class StepConfig:
         _require(self.validate_every >= 0, "validate_every", "at least 0", self.validate_every)
         for name in ("z_loss", "blind_weight"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(all(1 <= n <= 64 for n in self.passes), "passes", "from 1 to 64", self.passes)
         _require(self.sleep_pairs > 0, "sleep_pairs", "above 0", self.sleep_pairs)
         for name in ("blind_share", "window_dropout", "sleep_drop"):
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
@@ -136,9 +140,10 @@ class StepConfig:
 class DataConfig:
     """Which sequences are read; the group named like `kind` says more."""
 
-    kind: Literal["mixture", "mqar", "text"] = "mqar"
+    kind: Literal["mixture", "mqar", "depo", "text"] = "mqar"
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     mqar: MQARConfig = field(default_factory=MQARConfig)
+    depo: DepoConfig = field(default_factory=DepoConfig)
     paths: tuple[str, ...] = ()  # text: files or folders
     validation_paths: tuple[str, ...] = ()  # text: documents held out
     validation_documents: int = 0  # text: in their place, so many of data.paths, the last ones
@@ -184,6 +189,15 @@ class TrainConfig:
                 f"admission.windows must be multiples of model.chunk={self.model.chunk}, "
                 f"got {self.admission.windows}"
             )
+        if self.train.passes:
+            awake = self.model.fast_layers and self.model.fast.write == "always"
+            if not awake or self.model.recent != self.train.segment:
+                raise ValueError(
+                    "train.passes needs model.fast_layers, model.fast.write=always and "
+                    f"model.recent={self.train.segment}, the tokens of a segment"
+                )
+            if self.data.kind == "text":
+                raise ValueError("train.passes needs generated tasks, not data.kind=text")
         layers = set(self.model.fast_layers) & set(self.model.store_layers)
         if self.train.sleep_drop and not layers:
             raise ValueError("train.sleep_drop needs a layer of model.fast_layers with a store")

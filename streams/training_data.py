@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from wakesleep.streams.depo import Depo
 from wakesleep.streams.mixture import Mixture
 from wakesleep.streams.mqar import MQAR
 from wakesleep.streams.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ class Source(Protocol):
 class Tasks:
     """Generated sequences, each one document of T tokens that starts with the batch."""
 
-    def __init__(self, task: Mixture | MQAR, lanes: int, segments: int) -> None:
+    def __init__(self, task: Mixture | MQAR | Depo, lanes: int, segments: int) -> None:
         self.task, self.lanes, self.segments = task, lanes, segments
 
     def batch(self, number: int) -> Batch:
@@ -138,6 +139,10 @@ def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
             task = MQAR(data.mqar, step.sequence_len, seed)
             _check_vocabulary(config, data.mqar.vocab_size)
             return Tasks(task, step.lanes, step.segments_per_step)
+        case "depo":
+            task = Depo(data.depo, step.sequence_len, seed, longest=validation)
+            _check_vocabulary(config, data.depo.vocab_size)
+            return Tasks(task, step.lanes, step.segments_per_step)
         case "mixture":
             task = Mixture(data.mixture, step.sequence_len, seed, validation=validation)
             _check_vocabulary(config, task.tokenizer.vocab_size)
@@ -151,7 +156,15 @@ def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
 
 def answer_kinds(config: TrainConfig) -> tuple[str, ...]:
     """Names of the kinds of answers that the data has."""
-    return {"mixture": Mixture.kinds, "mqar": MQAR.kinds, "text": TextLanes.kinds}[config.data.kind]
+    match config.data.kind:
+        case "mqar":
+            return MQAR.kinds
+        case "depo":
+            return Depo.kinds
+        case "mixture":
+            return Mixture.kinds
+        case "text":
+            return TextLanes.kinds
 
 
 def tokenizer_json(config: TrainConfig) -> bytes:
@@ -163,7 +176,7 @@ def tokenizer_json(config: TrainConfig) -> bytes:
 
 def text_tokenizer(config: TrainConfig) -> Tokenizer | None:
     """The tokenizer of the ids, None where they stand for no text or for one of another size."""
-    if config.data.kind == "mqar":
+    if config.data.kind in ("mqar", "depo"):
         return None
     tokenizer = Tokenizer(tokenizer_json(config))
     return tokenizer if tokenizer.vocab_size == config.model.vocab_size else None

@@ -18,6 +18,7 @@ SPARE = 256  # distractors before a sequence that its own pairs may push out
 KEY = 0x57EB  # keeps these draws apart from those of the data with the same seed and number
 BLIND_KEY = 0xB11D  # and those of `draw_blind` from these
 SLEEP_KEY = 0x51EE  # and those of sleeps
+PASSES_KEY = 0x9A55
 
 
 class Draw(NamedTuple):
@@ -31,6 +32,8 @@ class Draw(NamedTuple):
     sleeps: Tensor | None = None  # [K, B] bool: a lane sleeps before a segment
     sleep_pairs: int = 0  # that such a sleep writes at most, per head
     sleep_seed: int = 0  # of which pairs are offered
+    num_passes: int = 0  # over a segment in which nothing is asked, the first one counted; 0: none
+    evict: str = "keep"  # what becomes of the window then
 
     def to(self, device: torch.device) -> Draw:
         """The draw with its tensors on a device."""
@@ -78,7 +81,15 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
         spare = np.maximum(0, older - SPARE) + np.zeros(step.lanes, np.int64)
         ranks = _spread(rng, spare, capacity or places, admission.rank_max)
     drawn = Draw(capacity, window, keep_all, passes, orders, jumps, ranks)
+    if step.passes:
+        drawn = drawn._replace(num_passes=draw_passes(config, number), evict=step.evict)
     return drawn if keep_all or not step.sleep_drop else _with_sleep(drawn, config, number)
+
+
+def draw_passes(config: TrainConfig, number: int) -> int:
+    """How often batch `number` passes over a segment before it goes on."""
+    rng = np.random.default_rng((config.seed, number, PASSES_KEY))
+    return int(rng.choice(config.train.passes))
 
 
 def _with_sleep(draw: Draw, config: TrainConfig, number: int) -> Draw:

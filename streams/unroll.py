@@ -14,9 +14,9 @@ from torch import Tensor
 
 from wakesleep.streams.distractors import Pool, inject, remember
 from wakesleep.streams.ranks import ALONE, Ranks
-from wakesleep.streams.sleep_drop import sleep_drop
 from wakesleep.streams.training_batch import Batch
 from wakesleep.streams.training_draws import Draw
+from wakesleep.streams.training_sleep import sleep_drop, sleep_through
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.recompute import recomputed
 from wakesleep.ttl.state import StreamState
@@ -99,6 +99,8 @@ def unroll(
             blind=None if blind is None else blind[:, here],
             head=False,
         )
+        if draw.num_passes and not bool((batch.weight[:, here] > 0).any()):
+            state = sleep_through(model, state, draw.num_passes, draw.evict)
         hidden.append(x)
         surprise.append(stats.surprise)
         nonfinite += int(stats.nonfinite.sum())

@@ -54,7 +54,8 @@ def resize_state(
 def clear_window(model: TTLModel, state: StreamState) -> StreamState:
     """Empty the windows (hard eviction): their tokens compete for the store, and are then gone.
 
-    Convolutions go on from the tokens before, as if nothing had happened.
+    The window's convolutions begin anew, too: what they keep of the last tokens are features, which
+    know of all tokens before.
 
     Raises:
         ValueError: a lane is inside a chunk.
@@ -71,8 +72,7 @@ def clear_window(model: TTLModel, state: StreamState) -> StreamState:
             store = _resize_store(store, store.position.shape[-1], leaving, span)
             if fast.s.shape[1]:
                 fast = fast._replace(asleep=follow(fast.asleep, store.position))
-        parts = (torch.zeros_like(t) for t in block.window[:4])
-        empty = WindowState(*parts, tail=block.window.tail)
+        empty = WindowState(*(torch.zeros_like(t) for t in block.window))
         blocks.append(block._replace(window=empty, store=store, fast=fast))
     return state._replace(blocks=tuple(blocks))
 

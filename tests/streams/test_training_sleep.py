@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from wakesleep.streams.mqar import MQARConfig
-from wakesleep.streams.sleep_drop import sleep_drop
 from wakesleep.streams.training import StreamModule
 from wakesleep.streams.training_config import AdmissionConfig, DataConfig, StepConfig, TrainConfig
 from wakesleep.streams.training_data import open_source
 from wakesleep.streams.training_draws import draw_step
+from wakesleep.streams.training_sleep import sleep_drop
 from wakesleep.ttl.fast import unit_key
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import named_tensors, select

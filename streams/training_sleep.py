@@ -1,9 +1,14 @@
-"""Sleep drop: teach the read of fast weights by taking away what they hold.
+"""What training knows of sleep: passes over what was read last, and pairs that are taken away.
 
-The write of fast weights needs no training; the read does. So before some segments a lane sleeps: a
-random half of the pairs of its stores is offered, the best of these are written into the fast
-weights as a sleep would write them, and leave the store. What is asked of them afterwards can only
-be found in the fast weights. Nothing of the write has a gradient; queries, gate and floor have one.
+Recurrence: behind a segment in which nothing is asked, more passes of the blocks refine what the
+fast weights hold of it; with hard eviction they are all that is left of it. How many passes there
+are is drawn for every step, so that one model serves every number.
+
+Sleep drop: the write of fast weights by replay needs no training; the read does. So before some
+segments a lane sleeps: a random half of the pairs of its stores is offered, the best of these are
+written into the fast weights as a sleep would write them, and leave the store. What is asked of
+them afterwards can only be found in the fast weights. Nothing of the write has a gradient; queries,
+gate and floor have one.
 
 Shapes: B lanes, H heads, S store places.
 """
@@ -15,10 +20,23 @@ from torch import Tensor
 
 from wakesleep.consolidation.replay import change, choose, emptied
 from wakesleep.ttl.model import TTLModel
+from wakesleep.ttl.resize import clear_window
 from wakesleep.ttl.state import BlockState, StreamState, merge
 
 OFFERED = 0.5  # share of the stored pairs
 UNKNOWN = 0.999  # cosine below which a pair is written, whatever else the fast weights hold
+
+
+def sleep_through(model: TTLModel, state: StreamState, num_passes: int, evict: str) -> StreamState:
+    """The state after passes 2 to num_passes over the last tokens.
+
+    Args:
+        evict: "hard" empties the windows afterwards, also if there was one pass only; "keep" does
+            not.
+    """
+    for _ in range(num_passes - 1):
+        state = model.sleep_pass(state)
+    return clear_window(model, state) if evict == "hard" else state
 
 
 def sleep_drop(
