@@ -1,4 +1,4 @@
-"""One sleep by replay: paid from the budget unit by unit, judged, and taken whole or not at all.
+"""One sleep by replay: paid from the budget unit by unit, judged, taken or put back.
 
     state, ledger, report = replay_sleep(model, state, SleepConfig(...), ledger)
 
@@ -296,4 +296,5 @@ def _by_head(heads: Tensor, new: FastState, old: FastState) -> FastState:
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(heads.view(*heads.shape, *[1] * (a.dim() - 2)), a, b)
 
-    return map_state(pick, new, old)
+    parts = ("s", "covariance", "asleep", "probes")
+    return old._replace(**{n: map_state(pick, getattr(new, n), getattr(old, n)) for n in parts})
