@@ -168,7 +168,7 @@ def test_what_has_no_score_never_enters(form, size, quota):
             for h in range(H):
                 held = kept(reader.state, b, h)
                 assert held <= allowed[b] and len(held) == min(size, len(allowed[b]))
-                assert int(reader.count[b]) == len(held) == int((~reader.empty[b, h]).sum())
+                assert int(reader.count[b, h]) == len(held) == int((~reader.empty[b, h]).sum())
         score, there = reader.state.score, reader.state.position >= 0
         assert torch.equal(score > -torch.inf, there)
         assert reader.full == (not reader.empty.any())
