@@ -185,11 +185,12 @@ class _Night:
             before = float(self.tail.double().mean())
             after = before + float(worse.mean())
         lanes &= changed
-        spent = self.ledger.sleep.minus(self.before.sleep)
-        back = int((~lanes).sum())
-        ledger = self.config.bucket.waste(self.ledger, _share(spent, back, len(lanes)))
         state = merge(lanes, self.state, self.start)
         seconds = time.monotonic() - self.begin
+        ledger = self.ledger._replace(sleep=self.ledger.sleep.plus(Cost(seconds=seconds)))
+        spent = ledger.sleep.minus(self.before.sleep)
+        back = int((~lanes).sum())
+        ledger = self.config.bucket.waste(ledger, _share(spent, back, len(lanes)))
         report = SleepReport(
             units=self.units,
             written=self.written,

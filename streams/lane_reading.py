@@ -84,11 +84,13 @@ def read_lanes(
         reading.runner.meters.resumed_at.append(reading.runner.tokens)
     steps = iter(reader)
     reading.runner.start_clock()
+    reading.sleep_if_due()  # a signal may have come in the middle of a sleep
     while step := reading.fetch(lambda: next(steps, None)):
         before = reading.runner.tokens
         reading.runner.read_lanes(step.tokens, _text(step), step.lengths, step.reset)
         _note_places(reading, reader.cursor, documents, source)
         reading.after_segment(before)
+    reading.sleep_if_due(idle=True)
     records = reading.manifest.documents
     done = tuple(dataclasses.replace(r, finished=True, ended=True) for r in records)
     reading.manifest = dataclasses.replace(reading.manifest, documents=done, lane_documents=())

@@ -92,7 +92,7 @@ class Reading:
             tokens = tokens or open_tokens(task.document, self.runner.language_model.tokenizer)
             used += self._read_document(task.index, tokens, left)
             tokens = None
-        self._sleep_if_due(idle=True)
+        self.sleep_if_due(idle=True)
         self.finish()
 
     def finish(self) -> None:
@@ -153,7 +153,7 @@ class Reading:
             inserted=record.inserted,
             limit=limit,
         )
-        self._sleep_if_due()  # a signal may have come in the middle of a sleep
+        self.sleep_if_due()  # a signal may have come in the middle of a sleep
         while segment := self.fetch(reader.read):
             before = self.runner.tokens
             self.runner.read(segment)
@@ -186,7 +186,6 @@ class Reading:
         now = self.runner.tokens
         if self._sleeper is not None:
             self._sleeper.observe(now - before)
-            self._sleep_if_due()
         if now // METRICS_EVERY > before // METRICS_EVERY:
             self._write_metrics()
         if self._watch is not None and any(before < asked <= now for asked in ASKED_AT):
@@ -194,6 +193,7 @@ class Reading:
             if facts:
                 rows = ask_facts(self.runner.language_model, self.runner.state, facts, now)
                 self._watch.answers(now, rows)
+        self.sleep_if_due()  # after all that is due once at this place: it may be begun again
         save_every = self.manifest.config.save_every
         stopping = bool(self._stop)  # a signal may come at any moment: look once
         if stopping or now // save_every > before // save_every:
@@ -201,13 +201,19 @@ class Reading:
         if stopping:
             raise Stopped(self._stop.number)
 
-    def _sleep_if_due(self, *, idle: bool = False) -> None:
-        """Sleep, if it is wanted here; a signal ends it, and nothing of it has happened."""
+    def sleep_if_due(self, *, idle: bool = False) -> None:
+        """Sleep, if it is wanted here.
+
+        Raises:
+            Stopped: a signal came in the middle; nothing of the sleep has happened, and everything
+                before it is saved.
+        """
         if self._sleeper is None or self._stop:
             return
         trigger = self._sleeper.due(idle=idle)
-        if trigger is not None:
-            self._sleep(self._sleeper, trigger)
+        if trigger is not None and self._sleep(self._sleeper, trigger) is None:
+            self.save()
+            raise Stopped(self._stop.number)
 
     def _sleep(self, sleeper: Sleeper, trigger: str, grant: int | None = None) -> dict | None:
         """Sleep once and record it; None if a signal came, and nothing has happened."""

@@ -82,11 +82,11 @@ def draw_step(config: TrainConfig, number: int, waiting: int, facts: np.ndarray)
         ranks = _spread(rng, spare, capacity or places, admission.rank_max)
     drawn = Draw(capacity, window, keep_all, passes, orders, jumps, ranks)
     if step.passes:
-        drawn = drawn._replace(num_passes=draw_passes(config, number), evict=step.evict)
+        drawn = drawn._replace(num_passes=_draw_passes(config, number), evict=step.evict)
     return drawn if keep_all or not step.sleep_drop else _with_sleep(drawn, config, number)
 
 
-def draw_passes(config: TrainConfig, number: int) -> int:
+def _draw_passes(config: TrainConfig, number: int) -> int:
     """How often batch `number` passes over a segment before it goes on."""
     rng = np.random.default_rng((config.seed, number, PASSES_KEY))
     return int(rng.choice(config.train.passes))

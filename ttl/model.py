@@ -273,13 +273,15 @@ class TTLModel(nn.Module):
             The state with other fast weights and other hidden states of the last L tokens.
 
         Raises:
-            ValueError: the model keeps no hidden states, or the state is inside a chunk.
+            ValueError: the model keeps no hidden states, has nothing that a pass would write, or
+                the state is inside a chunk.
         """
         c, recent = self.config, state.recent
-        if not c.recent or c.combine == "mac":
+        if not c.recent or c.combine == "mac" or not c.fast_layers or c.fast.write != "always":
             raise ValueError(
-                f"sleep by recurrence needs model.recent and combine=mag or mal, got recent "
-                f"{c.recent}, combine {c.combine}"
+                "sleep by recurrence needs recent, fast_layers, fast.write=always and combine=mag "
+                f"or mal, got recent {c.recent}, fast_layers {list(c.fast_layers)}, fast.write "
+                f"{c.fast.write}, combine {c.combine}"
             )
         if bool((state.position % c.chunk).any()):
             raise ValueError("sleep by recurrence begins at a boundary of chunks")
@@ -287,7 +289,7 @@ class TTLModel(nn.Module):
         lengths = torch.full((B,), L, dtype=torch.int64, device=recent.ids.device)
         first = (state.position - L).clamp(min=0) // c.chunk * c.chunk
         grid = make_grid(first, lengths, c.chunk, L)
-        fresh = self.init_state(B, window=max(L, c.chunk), capacity=1)
+        fresh = self.init_state(B, window=L, capacity=1)
         ids = torch.cat([fresh.ids[:, : SPAN + L], recent.ids], 1)
         given = AttentionInput(
             recent.ids >= 0, ids, state.lane, None, None, keep_power=float(keep_power)

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from wakesleep.kernels.admission import admit_reference, bin_span
 from wakesleep.ttl.fast import follow
 from wakesleep.ttl.model import TTLModel
-from wakesleep.ttl.state import SPAN, SPAN_AFTER, StoreState, StreamState, WindowState
+from wakesleep.ttl.state import (
+    SPAN,
+    SPAN_AFTER,
+    BlockState,
+    StoreState,
+    StreamState,
+    WindowState,
+)
 from wakesleep.ttl.store import candidates, empty_store
 from wakesleep.ttl.store_reader import exchange, put
 
@@ -38,15 +45,11 @@ def resize_state(
     span = bin_span(end, chunk) if model.config.store.quota else None
     blocks = []
     for block in state.blocks:
-        store, fast = block.store, block.fast
-        if store is not None:
+        if block.store is not None:
             leaving = None if window >= old else _leaving(block.window, state.ids, end, old, window)
-            size = store.position.shape[-1] if capacity is None else capacity
-            store = _resize_store(store, size, leaving, span)
-            if fast.s.shape[1]:
-                fast = fast._replace(asleep=follow(fast.asleep, store.position))
-        shown = _resize_window(block.window, window, old)
-        blocks.append(block._replace(window=shown, store=store, fast=fast))
+            size = block.store.position.shape[-1] if capacity is None else capacity
+            block = _with_store(block, size, leaving, span)
+        blocks.append(block._replace(window=_resize_window(block.window, window, old)))
     ids = _resize_front(state.ids, window - old, -1)
     return state._replace(blocks=tuple(blocks), ids=ids)
 
@@ -66,15 +69,22 @@ def clear_window(model: TTLModel, state: StreamState) -> StreamState:
     span = bin_span(state.position, chunk) if model.config.store.quota else None
     blocks = []
     for block in state.blocks:
-        store, fast = block.store, block.fast
-        if store is not None:
+        if block.store is not None:
             leaving = _leaving(block.window, state.ids, state.position, window, 0)
-            store = _resize_store(store, store.position.shape[-1], leaving, span)
-            if fast.s.shape[1]:
-                fast = fast._replace(asleep=follow(fast.asleep, store.position))
+            block = _with_store(block, block.store.position.shape[-1], leaving, span)
         empty = WindowState(*(torch.zeros_like(t) for t in block.window))
-        blocks.append(block._replace(window=empty, store=store, fast=fast))
+        blocks.append(block._replace(window=empty))
     return state._replace(blocks=tuple(blocks))
+
+
+def _with_store(
+    block: BlockState, size: int, leaving: StoreState | None, span: Tensor | None
+) -> BlockState:
+    """The block with a store of `size` places, and what is known to sleep in it."""
+    store, fast = _resize_store(block.store, size, leaving, span), block.fast
+    if fast.s.shape[1]:
+        fast = fast._replace(asleep=follow(fast.asleep, store.position))
+    return block._replace(store=store, fast=fast)
 
 
 def _resize_store(

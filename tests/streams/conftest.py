@@ -20,25 +20,13 @@ WORDS = "amber gate river stone north winter letter harbour iron seven open unde
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A model folder with random weights: two layers, a memory in one and a store in the other."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        config = ModelConfig(
-            dim=16,
-            num_layers=2,
-            num_heads=2,
-            head_dim=8,
-            mlp_dim=32,
-            window=64,
-            chunk=16,
-            memory_layers=(0,),
-            store_layers=(1,),
-            store=StoreConfig(capacity=32),
-        )
-        model = TTLModel(config)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = (language_models.DEFAULT / TOKENIZER).read_bytes()
-    save_model(folder, model, tokenizer, "# Random weights", half=False)
-    return folder
+    return _save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def sleeper(tmp_path_factory) -> Path:
+    """The same with fast weights that are read, in the layer with the store."""
+    return _save_model(tmp_path_factory.mktemp("model") / "sleeper", fast_layers=(1,))
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +55,30 @@ def _straight(tmp_path_factory, language_model) -> Path:
         with Session.open(folder / "s", language_model, **options) as session:
             session.read(_write_text(folder / "a.txt"))
     return folder / "s"
+
+
+def _save_model(folder: Path, **layers) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = ModelConfig(
+            dim=16,
+            num_layers=2,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=32,
+            window=64,
+            chunk=16,
+            memory_layers=(0,),
+            store_layers=(1,),
+            store=StoreConfig(capacity=32),
+            **layers,
+        )
+        model = TTLModel(config)
+        if config.fast_layers:
+            model.blocks[1].attention.fast.gate.data.fill_(0.5)
+    tokenizer = (language_models.DEFAULT / TOKENIZER).read_bytes()
+    save_model(folder, model, tokenizer, "# Random weights", half=False)
+    return folder
 
 
 def _write_text(path: Path) -> Path:

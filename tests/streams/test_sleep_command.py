@@ -6,27 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from wakesleep.streams import language_model as language_models
 from wakesleep.streams.cli import main
 from wakesleep.streams.session import Session
-from wakesleep.ttl.model import ModelConfig, TTLModel
-from wakesleep.ttl.model_io import TOKENIZER, save_model
-from wakesleep.ttl.store import StoreConfig
-
-
-@pytest.fixture(scope="module")
-def sleeper(tmp_path_factory):
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "mlp_dim": 32}
-        layers = {"memory_layers": (), "store_layers": (0,), "fast_layers": (0,)}
-        store = StoreConfig(capacity=32)
-        model = TTLModel(ModelConfig(**sizes, **layers, window=64, chunk=16, store=store))
-    folder = tmp_path_factory.mktemp("model") / "sleeper"
-    save_model(folder, model, (language_models.DEFAULT / TOKENIZER).read_bytes(), "#", half=False)
-    return folder
 
 
 @pytest.fixture

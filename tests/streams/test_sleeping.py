@@ -9,48 +9,18 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from safetensors.numpy import load_file
 
-from wakesleep.streams import language_model as language_models
+from wakesleep.streams import reading
 from wakesleep.streams import session as sessions
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.progress import dream
 from wakesleep.streams.session import Session
 from wakesleep.streams.stopping import Stopped, StopSignals
-from wakesleep.ttl.model import ModelConfig, TTLModel
-from wakesleep.ttl.model_io import TOKENIZER, save_model
-from wakesleep.ttl.store import StoreConfig
 
 READ = {"segment_len": 128, "save_every": 512, "threads": 1}
 SLEEP = {"rule": "replay", "offline_ratio": 4.0, "trigger": ["every"], "every": 256, "tail_loss": 9}
 TIMES = {"seconds", "tokens_per_second", "peak_rss_bytes", "pause_p50", "pause_p95", "pause_max"}
-
-
-@pytest.fixture(scope="module")
-def sleeper(tmp_path_factory):
-    """A model folder whose second layer has a store and fast weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = TTLModel(
-            ModelConfig(
-                dim=16,
-                num_layers=2,
-                num_heads=2,
-                head_dim=8,
-                mlp_dim=32,
-                window=64,
-                chunk=16,
-                memory_layers=(0,),
-                store_layers=(1,),
-                fast_layers=(1,),
-                store=StoreConfig(capacity=32),
-            )
-        )
-        model.blocks[1].attention.fast.gate.data.fill_(0.5)
-    folder = tmp_path_factory.mktemp("model") / "sleeper"
-    save_model(folder, model, (language_models.DEFAULT / TOKENIZER).read_bytes(), "#", half=False)
-    return folder
 
 
 def stream(folder, model, document, **options) -> dict:
@@ -73,6 +43,17 @@ def repeated(values: dict) -> dict:
 
 def spent(values: dict) -> int:
     return values["sleep_flops"] + values["gate_flops"] + values["wasted_flops"]
+
+
+@pytest.fixture(autouse=True)
+def _short_lines(monkeypatch):
+    """A line of metrics for every segment, so that some stand before and some behind a sleep."""
+    monkeypatch.setattr(reading, "METRICS_EVERY", 128)
+
+
+def metrics(folder) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [repeated(json.loads(line)) for line in lines]
 
 
 @pytest.fixture
@@ -138,19 +119,29 @@ class StopInSleep(StopSignals):
         return self.number is not None
 
 
-@pytest.mark.parametrize("at", [1, 2, 5])
-def test_ctrl_c_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
-    tmp_path, sleeper, text, rested, at, monkeypatch
-):
+def interrupted(folder, monkeypatch, at, *args, **options) -> None:
+    """A stream that is stopped where a sleep asks for the `at`-th time."""
     StopInSleep.asked = 0
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(sessions, "StopSignals", lambda: StopInSleep(at))
-        stream(tmp_path / "s", sleeper, text)
+        stream(folder, *args, **options)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_ctrl_c_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
+    tmp_path, sleeper, text, rested, at, times, monkeypatch
+):
+    """Nor does a second one, in the sleep that the next call begins with."""
+    interrupted(tmp_path / "s", monkeypatch, at, sleeper, text)
     slept = json.loads((tmp_path / "s" / "session.json").read_text())["meters"]["sleeps"]
+    if times == 2:
+        interrupted(tmp_path / "s", monkeypatch, 1, sleeper, text)
     summary = stream(tmp_path / "s", sleeper, text)
     assert slept < summary["sleeps"] and summary["resumed_at"]
     assert tensors(tmp_path / "s") == tensors(rested[0])
     assert repeated(summary) == repeated(rested[1])
+    assert metrics(tmp_path / "s") == metrics(rested[0])
 
 
 KILLED = """
@@ -200,13 +191,18 @@ def test_idle_sleeps_when_all_is_read(tmp_path, sleeper, text):
     assert repeated(again) == repeated(summary)
 
 
-def test_several_lanes_sleep_together(tmp_path, sleeper, text):
-    folder = tmp_path / "texts"
+def test_several_lanes_sleep_together_and_go_on_after_ctrl_c(tmp_path, sleeper, text, monkeypatch):
+    folder, lanes = tmp_path / "texts", {"lanes": 2, "segment_len": 64}
     folder.mkdir()
     for n in range(3):
         (folder / f"{n}.txt").write_text(text.read_text()[n:])
-    summary = stream(tmp_path / "s", sleeper, folder, lanes=2, segment_len=64)
+    summary = stream(tmp_path / "s", sleeper, folder, **lanes)
     assert summary["sleeps"] > 0 and spent(summary) <= 4 * summary["wake_flops"]
+    for at in (2, 1):
+        interrupted(tmp_path / "t", monkeypatch, at, sleeper, folder, **lanes)
+    again = stream(tmp_path / "t", sleeper, folder, **lanes)
+    assert repeated(again) == repeated(summary)
+    assert tensors(tmp_path / "t") == tensors(tmp_path / "s")
 
 
 def test_a_model_that_cannot_sleep_is_refused_and_no_folder_made(tmp_path, model_folder, text):
