@@ -1,0 +1,82 @@
+"""How many made-up pairs replay gets into a matrix of fast weights, next to the ridge fit.
+
+    python scripts/sleep_capacity.py
+    python scripts/sleep_capacity.py --pairs 64,512 --tolerances 0.5 --width 128
+
+Keys of length 1 and values at random; units of half the width, each behind the gate, until nothing
+more is taken. Recall is the share of all pairs whose value is the nearest of all values.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wakesleep.consolidation.gate import NOISE_CUES, advance, judge, known_after, set_aside
+from wakesleep.consolidation.replay import change, choose, mark, take
+from wakesleep.kernels.protected_write import joint_ridge
+from wakesleep.ttl.fast import no_fast_weights, unit_key
+from wakesleep.ttl.state import SPAN, StoreState
+
+LANES, HEADS, LAM = 4, 4, 0.05
+MOST_UNITS = 40
+
+
+def make_store(num_pairs: int, width: int, generator: torch.Generator) -> StoreState:
+    """A full store of random pairs with random scores."""
+    shape = (LANES, HEADS, num_pairs)
+    k, v = torch.randn(2, *shape, width, generator=generator)
+    score = torch.randn(*shape, generator=generator)
+    position = torch.arange(num_pairs).expand(shape).clone()
+    span = torch.full((*shape, SPAN), -1, dtype=torch.int32)
+    return StoreState(unit_key(k), v, score, 0 * score, position, span, score[..., :3])
+
+
+def replayed(store: StoreState, tolerance: float, generator: torch.Generator) -> Tensor:
+    """The fast weights [B, H, K, K] when the gate takes nothing more."""
+    width, lane = store.k.shape[-1], torch.arange(LANES)
+    fast = no_fast_weights(store.k, LANES, HEADS, width, store.k.shape[2])
+    for _ in range(MOST_UNITS):
+        pairs = choose(store, fast, width // 2, tolerance)
+        full = change(fast, pairs, LAM)
+        cues = unit_key(torch.randn(NOISE_CUES, width, generator=generator))
+        step = judge(fast, full, pairs, cues, tolerance).step
+        if not bool((step > 0).any()):
+            break
+        new = advance(fast, full, step)
+        known = known_after(new, pairs, tolerance) & (step > 0)[..., None]
+        position = take(store.position, pairs.place)
+        new = new._replace(probes=set_aside(new.probes, pairs, position, known, lane))
+        fast = mark(store, new, tolerance)
+    return fast.s
+
+
+def recall(s: Tensor, store: StoreState) -> float:
+    """Share of the pairs that are told from all others."""
+    near = F.normalize(store.k @ s, dim=-1) @ F.normalize(store.v, dim=-1).mT
+    return float((near.argmax(-1) == torch.arange(near.shape[-1])).double().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", default="32,64,128,256")
+    parser.add_argument("--tolerances", default="0.9,0.6,0.4")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    tolerances = [float(t) for t in args.tolerances.split(",")]
+    head = ["pairs", *(f"tolerance {t:g}" for t in tolerances), "ridge"]
+    print("| " + " | ".join(head) + " |\n|" + "--:|" * len(head))
+    for num_pairs in map(int, args.pairs.split(",")):
+        generator = torch.Generator().manual_seed(args.seed + num_pairs)
+        store = make_store(num_pairs, args.width, generator)
+        found = [recall(replayed(store, t, generator), store) for t in tolerances]
+        found.append(recall(joint_ridge(store.k, store.v, LAM), store))
+        print(f"| {num_pairs} | " + " | ".join(f"{x:.2f}" for x in found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
