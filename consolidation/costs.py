@@ -15,6 +15,7 @@ from typing import NamedTuple
 from wakesleep.consolidation.budget import Cost
 from wakesleep.consolidation.gate import NOISE_CUES
 from wakesleep.ttl.fast import PROBES
+from wakesleep.ttl.state import BlockState
 
 
 class Sizes(NamedTuple):
@@ -24,6 +25,12 @@ class Sizes(NamedTuple):
     places: int  # S
     head_dim: int  # K
     itemsize: int  # bytes of a number in the store
+
+
+def sizes_of(block: BlockState) -> Sizes:
+    """Sizes of a layer that has both."""
+    B, H, S, K = block.store.k.shape
+    return Sizes(B * H, S, K, block.store.k.element_size())
 
 
 def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
@@ -68,6 +75,12 @@ def audit_cost(sizes: Sizes) -> Cost:
     """Of asking for the sealed half of the probes."""
     X, _, K, _ = sizes
     return Cost(2 * X * (PROBES // 2) * K * K, _weights(sizes) + _probes(sizes) // 2)
+
+
+def keep_cost(sizes: Sizes) -> Cost:
+    """Of asking for all stored pairs, and for noise, before passes of sleep and after them."""
+    X, S, K, _ = sizes
+    return Cost(2 * X * 2 * (S + NOISE_CUES) * K * K, _store(sizes) + 2 * _weights(sizes))
 
 
 def _store(sizes: Sizes) -> int:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wakesleep.consolidation.replay import SAME_KEY, Pairs, take
+from wakesleep.consolidation.replay import SAME_KEY, Pairs, readable, take
 from wakesleep.ttl.fast import PROBES
-from wakesleep.ttl.state import FastState, ProbeState
+from wakesleep.ttl.state import FastState, ProbeState, StoreState
 from wakesleep.ttl.store import hash_uniform
 
 STEPS = (1.0, 0.5, 0.25, 0.125)
@@ -80,6 +80,29 @@ def known_after(fast: FastState, pairs: Pairs, tolerance: float) -> Tensor:
     """Which of the written pairs [B, H, n] `fast` knows."""
     told = torch.cosine_similarity(pairs.k @ fast.s, pairs.v, dim=-1)
     return pairs.chosen & (told >= tolerance)
+
+
+def keeps(
+    store: StoreState, before: FastState, after: FastState, cues: Tensor, tolerance: float
+) -> Tensor:
+    """Lanes [B] whose stored pairs are given back as well after passes of sleep as before them.
+
+    What is written awake fades, so few pairs are known outright: what counts is the mean fall in
+    cosine over all of them, and how loudly noise is answered.
+
+    Args:
+        cues: [N, K] keys of length 1 that mean nothing.
+    """
+    k, v, usable = readable(store)
+    then, now = (torch.cosine_similarity(k @ s, v, dim=-1) for s in (before.s, after.s))
+    fall, count = torch.where(usable, then - now, 0.0).flatten(1), usable.flatten(1).sum(1)
+    mean = fall.sum(1) / count.clamp(min=1)
+    off = torch.where(usable.flatten(1), fall - mean[:, None], 0.0).square().sum(1)
+    error = (off / (count * (count - 1)).clamp(min=1)).sqrt()
+    quiet, loud = ((cues @ s).norm(dim=-1).mean(-1) for s in (before.s, after.s))  # [B, H]
+    value = v.norm(dim=-1).sum(-1) / usable.sum(-1).clamp(min=1)
+    calm = (loud <= torch.maximum(quiet, LOUDEST * value)).all(-1)
+    return (mean + CONFIDENCE * error <= OLD_LOSS * (1 - tolerance)) & calm
 
 
 def audit(fast: FastState, tolerance: float) -> tuple[Tensor, Tensor]:

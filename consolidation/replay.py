@@ -48,7 +48,7 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, tolerance: float)
     Args:
         tolerance: cosine of an answer with the value, from which on a pair is given back.
     """
-    k, v, usable = _readable(store)
+    k, v, usable = readable(store)
     told = k @ fast.s
     gain = ((v - told).norm(dim=-1) / v.norm(dim=-1).clamp(min=1e-6)).clamp(max=1)
     need = store.score.argsort(dim=-1).argsort(dim=-1) + 1.0
@@ -74,7 +74,7 @@ def change(fast: FastState, pairs: Pairs, lam: float) -> FastState:
 
 def mark(store: StoreState, fast: FastState, tolerance: float) -> FastState:
     """Mark the stored pairs that the fast weights give back, and no others."""
-    k, v, usable = _readable(store)
+    k, v, usable = readable(store)
     known = usable & _known(k @ fast.s, v, tolerance)
     return fast._replace(asleep=torch.where(known, store.position, -1))
 
@@ -93,7 +93,7 @@ def release(
     marked = (fast.asleep == store.position) & (store.position >= 0)
     most = int(marked.sum(-1).max())
     place = (~marked).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
-    k, v, usable = _readable(store)
+    k, v, usable = readable(store)
     keys, values, position = take(k, place), take(v, place), store.position.gather(-1, place)
     noise = torch.randn(k.shape[-2:], generator=generator).to(k.device)  # lanes get the same
     told = unit_key(keys + CUE_NOISE * unit_key(noise)[place]) @ fast.s
@@ -113,7 +113,7 @@ def take(t: Tensor, place: Tensor) -> Tensor:
     return t.gather(2, index)
 
 
-def _readable(store: StoreState) -> tuple[Tensor, Tensor, Tensor]:
+def readable(store: StoreState) -> tuple[Tensor, Tensor, Tensor]:
     """Unit keys and values [B, H, S, K] float32, and which places [B, H, S] hold a good pair."""
     k, v = unit_key(store.k), store.v.float()
     good = (store.position >= 0) & k.isfinite().all(-1) & v.isfinite().all(-1)

@@ -13,22 +13,25 @@ Trigger = Literal["every", "eviction", "pressure", "surprise", "idle"]
 
 @dataclass(frozen=True, kw_only=True)
 class SleepConfig:
-    rule: Literal["none", "replay"] = "none"
+    rule: Literal["none", "replay", "recurrent", "cross"] = "none"
     offline_ratio: float = 0.25  # FLOPs of sleep per FLOP of reading, all of sleep counted
     burst: float = math.inf  # FLOPs that can be saved up
-    passes: int = 8  # units of a layer in one sleep, at most
-    trigger: tuple[Trigger, ...] = ("pressure",)  # any of them asks for sleep
+    passes: int | None = None  # replay: units of a layer in one sleep, 8; else N with reading, 2
+    trigger: tuple[Trigger, ...] = ()  # any of them asks for sleep; () = the rule's own
     every: int = 65_536  # tokens between two sleeps of `every`, and the shortest distance of others
     high: float = 0.8  # pressure from which on sleep is wanted
     low: float = 0.5  # pressure from which on it is not any more
     surprise: float = 4096.0  # sum of surprise above its mean that asks, in means
     tolerance: float = 0.9  # cosine of an answer with the value, from which on a pair is known
     tail_loss: float = 0.01  # nats per token that the prediction of the window may lose
+    evict: Literal["keep", "hard"] = "keep"  # hard: passes leave the window empty
+    span_tokens: int | None = None  # text of the store that `cross` passes over; as the window
+    untrained: bool = False  # make passes also with a model that was trained without
 
     def __post_init__(self) -> None:
         _ = self.bucket
         bounds = {
-            "passes": (0, 10_000),
+            "num_passes": (0, 10_000),
             "every": (1, 2**40),
             "low": (0, 1),
             "high": (0, 1),
@@ -38,13 +41,34 @@ class SleepConfig:
         }
         for name, (least, most) in bounds.items():
             if not least <= getattr(self, name) <= most:
+                name = name.removeprefix("num_")
                 raise ValueError(
                     f"{name} must be from {least} to {most}, got {getattr(self, name)}"
                 )
+        if self.span_tokens is not None and not 1 <= self.span_tokens <= 2**20:
+            raise ValueError(f"span_tokens must be from 1 to {2**20}, got {self.span_tokens}")
         if self.low > self.high:
             raise ValueError(f"high must be at least low={self.low}, got {self.high}")
-        if not self.trigger:
-            raise ValueError("trigger must name one of every, eviction, pressure, surprise, idle")
+
+    @property
+    def num_passes(self) -> int:
+        """Units of a layer in one sleep at most (replay), or passes, the first one is reading."""
+        return (8 if self.replays else 2) if self.passes is None else self.passes
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether no sleep could change anything, whatever its budget."""
+        return self.rule == "none" or self.num_passes < (1 if self.replays else 2)
+
+    @property
+    def triggers(self) -> tuple[Trigger, ...]:
+        """What asks for sleep: a full store for replay, a window's worth of tokens for passes."""
+        return self.trigger or (("pressure",) if self.replays else ("eviction",))
+
+    @property
+    def replays(self) -> bool:
+        """Whether pairs are written, not text passed over."""
+        return self.rule in ("none", "replay")
 
     @property
     def bucket(self) -> Budget:

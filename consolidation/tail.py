@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.model import TTLModel
-from wakesleep.ttl.state import SPAN, StreamState
+from wakesleep.ttl.state import SPAN, StreamState, closed_memory
 
 
 def tail_nats(model: TTLModel, state: StreamState) -> Tensor | None:
@@ -28,7 +28,7 @@ def tail_nats(model: TTLModel, state: StreamState) -> Tensor | None:
     fresh = model.init_state(state.position.shape[0], window=window, capacity=1)
     blocks = tuple(
         block._replace(
-            window=empty.window, memory=_closed(block.memory, empty.memory), page=empty.page
+            window=empty.window, memory=closed_memory(block.memory, empty.memory), page=empty.page
         )
         for block, empty in zip(state.blocks, fresh.blocks, strict=True)
     )
@@ -46,11 +46,3 @@ def tail_flops(model: TTLModel, state: StreamState) -> int:
     sizes = {"window": window, "capacity": stores[0].position.shape[-1] if stores else None}
     starts = (state.position // C * C - window).tolist()
     return sum(wake_flops(model.config, at, window, **sizes) for at in starts if at >= 0)
-
-
-def _closed(memory, empty):
-    """A memory without its open chunk, which is not read again."""
-    if memory is None:
-        return None
-    opened = ("k", "v", "gates", "live", "tail")
-    return memory._replace(**{name: getattr(empty, name) for name in opened})

@@ -61,7 +61,7 @@ def wanted(
     since = signals.tokens - state.slept_at
     doublings = min(state.in_vain // PATIENCE, MOST_DOUBLINGS)
     apart = since >= config.every * 2**doublings
-    for trigger in config.trigger:
+    for trigger in config.triggers:
         match trigger:
             case "every":
                 asks = since >= config.every

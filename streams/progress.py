@@ -92,7 +92,9 @@ def on_terminal() -> bool:
 
 def dream(line: Mapping[str, Any]) -> str:
     """A line of sleeps.jsonl in words."""
-    what = f"{line['written']:,} pairs written, {line['released']:,} places freed"
+    what = f"{line['units']:,} more passes"
+    if line["rule"] == "replay":
+        what = f"{line['written']:,} pairs written, {line['released']:,} places freed"
     if not line["accepted"]:
         what = "nothing changed"
     return (

@@ -118,7 +118,7 @@ class Reading:
                 break
             lines.append(line)
             left -= line["sleep_flops"] + line["gate_flops"] + line["wasted_flops"]
-            if not line["accepted"]:
+            if not line["accepted"] or not config.replays:  # the same passes again would not help
                 break
         self.save()
         if self._stop:

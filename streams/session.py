@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from wakesleep.consolidation.sleep import least_cost
+from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.streams.ask import Answer, ask
 from wakesleep.streams.config import to_yaml
 from wakesleep.streams.errors import Refused
@@ -204,18 +205,21 @@ class Session:
             raise Refused(f"there is nothing to sleep over in {self.folder}")
         if grant < 0:
             raise Refused(f"sleep.budget={grant}: expected FLOPs, at least 0")
-        config = self.config.sleep
-        if config.rule == "none":
-            config = dataclasses.replace(config, rule="replay")
+        config = self._rest_config()
         check_sleep(config, self.language_model.model)
         with self._reading(watch, sleeps=True) as reading:
             rows = reading.rest(config, grant)
         self._new_summary()
         return rows
 
+    def _rest_config(self) -> SleepConfig:
+        """How it sleeps at rest."""
+        config = self.config.sleep
+        return dataclasses.replace(config, rule="replay") if config.rule == "none" else config
+
     def least_budget(self) -> int:
         """FLOPs below which a sleep would not begin."""
-        return least_cost(self.language_model.model, self.runner.state)
+        return least_cost(self.language_model.model, self.runner.state, self._rest_config())
 
     def save(self) -> None:
         """Write a snapshot now; `read` does so by itself.

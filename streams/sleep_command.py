@@ -21,15 +21,18 @@ wakesleep sleep DIR sleep.budget=FLOPS [--json] [key=value ...]
 
   wakesleep sleep runs/book sleep.budget=1e12       a thousand GFLOPs of it
   wakesleep sleep runs/book sleep.budget=1e12 sleep.tolerance=0.8
+  wakesleep sleep runs/book sleep.budget=1e12 sleep.rule=cross
 
-Reads nothing. Pairs of the exact store are written into fast weights, block by
-block; what a block harms is put back, and the places of what is known by heart
-are freed. It ends when the budget is spent or nothing is gained, and can be
-typed again. The model must have fast weights.
+Reads nothing. By replay, pairs of the exact store are written into fast
+weights, block by block; what a block harms is put back, and the places of what
+is known by heart are freed. It ends when the budget is spent or nothing is
+gained. By recurrence (recurrent: the last tokens; cross: spans of the store)
+the blocks pass over text once more. The model must have fast weights.
 
   --json   {sleeps, sleep_flops, gate_flops, wasted_flops, seconds} on stdout
   --quiet, --debug   the last line only; tracebacks
-Keys: sleep.passes=8 sleep.tolerance=0.9 sleep.tail_loss=0.01 threads=N"""
+Keys: sleep.rule=replay sleep.passes=8 sleep.tolerance=0.9 sleep.tail_loss=0.01
+      sleep.span_tokens=256 sleep.evict=keep|hard threads=N"""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,13 +87,16 @@ def _words(folder: str, rows: list[dict[str, Any]], grant: int, least: int) -> s
             f"slept nothing: a sleep here takes {count(least)} FLOPs at least, "
             f"{BUDGET} is {count(grant)}"
         )
-    written = sum(row["written"] for row in rows if row["accepted"])
-    released = sum(row["released"] for row in rows if row["accepted"])
+    taken = [row for row in rows if row["accepted"]]
+    written, released = (sum(row[name] for row in taken) for name in ("written", "released"))
+    what = f"{written:,} pairs written, {released:,} places freed"
+    if rows[0]["rule"] != "replay":
+        what = f"{sum(row['units'] for row in taken)} more passes"
     spent = sum(row[name] for row in rows for name in ("sleep_flops", "gate_flops", "wasted_flops"))
     seconds = duration(sum(row["seconds"] for row in rows))
+    slept = f"{len(rows)} sleeps" if len(rows) > 1 else "1 sleep"
     lines = [
-        f"{len(rows)} sleeps in {seconds}, {count(spent)} of {count(grant)} FLOPs: "
-        f"{written:,} pairs written, {released:,} places freed",
+        f"{slept} in {seconds}, {count(spent)} of {count(grant)} FLOPs: {what}",
         f"ended because: {rows[-1]['reason']}",
         f"next: wakesleep ask {typed(folder)}",
     ]

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from wakesleep.consolidation.budget import Ledger
+from wakesleep.consolidation.night import INTERRUPTED
 from wakesleep.consolidation.sleep import (
     check_model,
     least_cost,
     pressure,
-    replay_sleep,
+    sleep,
 )
 from wakesleep.consolidation.sleep_config import SleepConfig, Trigger
 from wakesleep.consolidation.triggers import Signals, after_sleep, observe, wanted
@@ -32,10 +33,8 @@ def check_sleep(config: SleepConfig, model: TTLModel) -> None:
     Raises:
         Refused: the model has nothing that sleep could write.
     """
-    if config.rule == "none":
-        return
     try:
-        check_model(model)
+        check_model(model, config)
     except ValueError as error:
         remedy = "use a model with fast weights, or sleep.rule=none"
         raise Refused(str(error), "", remedy) from error
@@ -61,13 +60,13 @@ class Sleeper:
         """
         model, state = self.runner.language_model.model, self.runner.state
         at_boundary = not bool((state.position % model.config.chunk).any())
-        if not (at_boundary or idle):
+        if self.config.does_nothing or not (at_boundary or idle):
             return None
         asks = wanted(
             self.config,
             self.runner.meters.triggers,
             self._signals(0, idle=idle),
-            model.window_of(state),
+            model.config.recent or model.window_of(state),
         )
         if asks is None or self.level < self.least:
             return None
@@ -81,7 +80,7 @@ class Sleeper:
     @property
     def least(self) -> int:
         """FLOPs below which a sleep would not begin."""
-        return least_cost(self.runner.language_model.model, self.runner.state)
+        return least_cost(self.runner.language_model.model, self.runner.state, self.config)
 
     def sleep(
         self, trigger: str, stop: Callable[[], bool], grant: int | None = None
@@ -99,8 +98,8 @@ class Sleeper:
         number = (self.seed * 1_000_003 + meters.sleeps) % 2**63
         generator = torch.Generator().manual_seed(number)
         model = runner.language_model.model
-        state, ledger, report = replay_sleep(model, runner.state, config, before, generator, stop)
-        if report.reason == "interrupted":
+        state, ledger, report = sleep(model, runner.state, config, before, generator, stop)
+        if report.reason == INTERRUPTED:
             return None
         if report.accepted:
             runner.carried = runner.carried._replace(stream=state)
@@ -110,6 +109,7 @@ class Sleeper:
         return {
             "tokens": runner.tokens,
             "trigger": trigger,
+            "rule": config.rule,
             **report._asdict(),
             "sleep_flops": ledger.sleep.flops - before.sleep.flops,
             "gate_flops": ledger.gate.flops - before.gate.flops,

@@ -374,7 +374,7 @@ def _start_from(model: TTLModel, config: TrainConfig) -> None:
     before, now = flat(found.config), flat(config.model)
     for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
         fewer = key in ("memory_layers", "store_layers") and set(now[key]) <= set(before[key])
-        closed = key == "fast.lam" or (key == "fast_layers" and not before[key])
+        closed = key in ("fast.lam", "fast.passes") or (key == "fast_layers" and not before[key])
         if before.get(key) != now.get(key) and not fewer and not closed:
             raise Refused(
                 f"model.{key} is {before.get(key)} there and {now.get(key)} here",

@@ -196,6 +196,9 @@ class TrainConfig:
                     "train.passes needs model.fast_layers, model.fast.write=always and "
                     f"model.recent={self.train.segment}, the tokens of a segment"
                 )
+            most = max(self.train.passes)
+            if self.model.fast.passes != most:
+                raise ValueError(f"train.passes={self.train.passes} needs model.fast.passes={most}")
             if self.data.kind == "text":
                 raise ValueError("train.passes needs generated tasks, not data.kind=text")
         layers = set(self.model.fast_layers) & set(self.model.store_layers)

@@ -37,12 +37,15 @@ GATE_STD = 0.02  # of their weights
 class FastConfig:
     write: Literal["asleep", "always"] = "asleep"
     lam: float = 0.05  # ridge of the protected write; one key of length 1 has weight 1
+    passes: int = 1  # most passes over what was read last that training has made; 1 = none in sleep
 
     def __post_init__(self) -> None:
         if self.write not in ("asleep", "always"):
             raise ValueError(f"fast.write must be asleep or always, got {self.write!r}")
         if not 1e-6 <= self.lam < math.inf:
             raise ValueError(f"fast.lam must be from 1e-6 to inf, got {self.lam}")
+        if not 1 <= self.passes <= 64:
+            raise ValueError(f"fast.passes must be from 1 to 64, got {self.passes}")
 
 
 class FastWeights(nn.Module):

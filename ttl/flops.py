@@ -98,6 +98,19 @@ def segment_flops(
     return parts
 
 
+def pass_flops(config: ModelConfig, num_tokens: int, stored: int, *, batch: int = 1) -> int:
+    """FLOPs of one `sleep_pass` over num_tokens of each lane, at most (exact without gates).
+
+    Args:
+        stored: places of each store that are read, up to the last one that holds a pair.
+    """
+    c = replace(config, window=num_tokens, recent=0)
+    queries = batch * num_tokens * c.num_heads
+    per_key = 2 * queries * (2 * c.head_dim + c.head_dim // 4 // 2 * 2)
+    reads = stored * (per_key + (2 * queries if c.store.score == "mass" else 0))
+    return wake_flops(c, 0, num_tokens, batch=batch, head=False) + len(c.store_layers) * reads
+
+
 def wake_flops(config: ModelConfig, position: int, num_tokens: int, **sizes) -> int:
     """Total of `segment_flops`, with its arguments."""
     return sum(p.matmul + p.linalg for p in segment_flops(config, position, num_tokens, **sizes))

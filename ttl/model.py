@@ -23,6 +23,7 @@ from wakesleep.ttl.state import (
     BlockState,
     RecentState,
     StreamState,
+    closed_memory,
     merge,
 )
 from wakesleep.ttl.store import StoreConfig
@@ -259,47 +260,58 @@ class TTLModel(nn.Module):
             x = nn.functional.linear(x, self.embedding.weight)
         return x, state, StepStats(*_mean_stats(stats, inside), nonfinite)
 
-    def sleep_pass(self, state: StreamState, keep_power: float = 0.0) -> StreamState:
+    def sleep_pass(
+        self, state: StreamState, keep_power: float = 0.0, over: RecentState | None = None
+    ) -> StreamState:
         """One more pass of the blocks over the last L tokens: features are refreshed, nothing read.
 
         Hidden states go on from where the last pass left them, and the fast weights from what it
         wrote; keys, values and gates are made anew. Windows begin empty, as convolutions do; store
-        and memory are read and stay as they are. The state must be at a boundary of chunks.
+        and memory are read and stay as they are. Tokens of the open chunk are left out: reading has
+        not written them yet.
 
         Args:
             keep_power: exponent of what a token's write keeps; 0 = nothing decays in this pass.
+            over: other tokens of before (a multiple of the chunk) with hidden states of theirs; the
+                store is not read then. The state's own last tokens if None.
 
         Returns:
-            The state with other fast weights and other hidden states of the last L tokens.
+            The state with other fast weights, and in `recent` what was passed over, with other
+            hidden states.
 
         Raises:
-            ValueError: the model keeps no hidden states, has nothing that a pass would write, or
-                the state is inside a chunk.
+            ValueError: the model keeps no hidden states, or has nothing that a pass would write.
         """
-        c, recent = self.config, state.recent
-        if not c.recent or c.combine == "mac" or not c.fast_layers or c.fast.write != "always":
-            raise ValueError(
-                "sleep by recurrence needs recent, fast_layers, fast.write=always and combine=mag "
-                f"or mal, got recent {c.recent}, fast_layers {list(c.fast_layers)}, fast.write "
-                f"{c.fast.write}, combine {c.combine}"
-            )
-        if bool((state.position % c.chunk).any()):
-            raise ValueError("sleep by recurrence begins at a boundary of chunks")
-        B, L = recent.ids.shape
+        recent = state.recent if over is None else over
+        self._check_pass(recent)
+        c, (B, L) = self.config, recent.ids.shape
         lengths = torch.full((B,), L, dtype=torch.int64, device=recent.ids.device)
         first = (state.position - L).clamp(min=0) // c.chunk * c.chunk
         grid = make_grid(first, lengths, c.chunk, L)
         fresh = self.init_state(B, window=L, capacity=1)
         ids = torch.cat([fresh.ids[:, : SPAN + L], recent.ids], 1)
-        given = AttentionInput(
-            recent.ids >= 0, ids, state.lane, None, None, keep_power=float(keep_power)
-        )
+        boundary = state.position // c.chunk * c.chunk
+        closed = (recent.ids >= 0) & (recent.position < boundary[:, None])
+        given = AttentionInput(closed, ids, state.lane, None, None, keep_power=float(keep_power))
         x, blocks = recent.hidden, []
         for block, part, empty in zip(self.blocks, state.blocks, fresh.blocks, strict=True):
-            asleep = part._replace(window=empty.window)
+            memory = closed_memory(part.memory, empty.memory)
+            asleep = part._replace(window=empty.window, memory=memory)
+            asleep = asleep if over is None else asleep._replace(store=None)
             x, after, _ = block(x, asleep, grid, given)
-            blocks.append(part._replace(fast=after.fast))
+            blocks.append(part._replace(fast=part.fast._replace(s=after.fast.s)))
         return state._replace(blocks=tuple(blocks), recent=recent._replace(hidden=x))
+
+    def _check_pass(self, recent: RecentState) -> None:
+        c = self.config
+        if c.combine == "mac" or not c.fast_layers or c.fast.write != "always":
+            raise ValueError(
+                "passes of sleep need fast_layers, fast.write=always and combine=mag or mal, and "
+                f"this model has fast_layers {list(c.fast_layers)}, fast.write={c.fast.write}, "
+                f"combine={c.combine}"
+            )
+        if not recent.ids.shape[1]:
+            raise ValueError("this model keeps no hidden states to pass over once more (recent=0)")
 
     def _check(self, tokens, state, lengths, read_weight, blind, rank_table) -> tuple[int, int]:
         """B and T of a call whose arguments fit each other and this model."""

@@ -100,6 +100,14 @@ class StreamState(NamedTuple):
     recent: RecentState
 
 
+def closed_memory(memory: MemoryState | None, empty: MemoryState | None) -> MemoryState | None:
+    """A memory without its open chunk, which is that of `empty`: the next token begins one."""
+    if memory is None:
+        return None
+    opened = ("k", "v", "gates", "live", "tail")
+    return memory._replace(**{name: getattr(empty, name) for name in opened})
+
+
 def map_state(fn: Callable[..., Tensor], state: Tree, *others: Tree) -> Tree:
     """Apply `fn` to every tensor of `state` (and to its partners in `others`)."""
     if state is None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from wakesleep.consolidation import sleep as sleep_module
+from wakesleep.consolidation import night
+from wakesleep.consolidation import sleep as sleeping
 from wakesleep.consolidation.budget import Cost, Ledger
-from wakesleep.consolidation.sleep import replay_sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.consolidation.tail import tail_nats
 from wakesleep.ttl.fast import FastConfig
@@ -53,7 +53,7 @@ def read(model, state=None, length=90, seed=0, batch=B):
 def sleep(model, state, ledger=PLENTY, seed=0, stop=lambda: False, **options):
     generator = torch.Generator().manual_seed(seed)
     config = SleepConfig(**{"rule": "replay", "offline_ratio": 1.0, "tail_loss": 1.0, **options})
-    return replay_sleep(model, state, config, ledger, generator, stop)
+    return sleeping.sleep(model, state, config, ledger, generator, stop)
 
 
 def changed(a, b) -> set[str]:
@@ -123,7 +123,7 @@ def test_what_is_paid_is_at_least_what_torch_counts(model):
 @pytest.mark.parametrize("lanes", [[1], [0, 1]])
 def test_a_lane_that_predicts_its_window_worse_is_put_back(model, monkeypatch, lanes):
     state, calls = read(model), []
-    nats = sleep_module.tail_nats
+    nats = night.tail_nats
 
     def spoiled(model, state):
         calls.append(nats(model, state))
@@ -132,7 +132,7 @@ def test_a_lane_that_predicts_its_window_worse_is_put_back(model, monkeypatch, l
         return calls[-1]
 
     _, usual, _ = sleep(model, state)
-    monkeypatch.setattr(sleep_module, "tail_nats", spoiled)
+    monkeypatch.setattr(night, "tail_nats", spoiled)
     after, ledger, report = sleep(model, state)
     for lane in range(B):
         one = torch.tensor([lane])
@@ -198,9 +198,9 @@ def test_the_same_seed_gives_the_same_bits_and_lanes_do_not_see_each_other(model
 
 def test_reading_goes_on_behind_a_sleep_and_stays_finite(model):
     state, ledger = read(model, length=60), PLENTY
-    for night in range(12):
-        state, ledger, report = sleep(model, state, ledger, seed=night)
-        state = read(model, state, length=37, seed=night)
+    for turn in range(12):
+        state, ledger, report = sleep(model, state, ledger, seed=turn)
+        state = read(model, state, length=37, seed=turn)
         assert report.reason in ("nothing more to write", "all passes were made")
     for name, t in named_tensors(state):
         assert not t.is_floating_point() or t.nan_to_num(neginf=0.0).isfinite().all(), name

@@ -14,7 +14,7 @@ from wakesleep.consolidation.sleep_config import SleepConfig
         {"offline_ratio": math.inf},
         {"burst": math.nan},
         {"passes": -1},
-        {"trigger": ()},
+        {"span_tokens": 0},
         {"every": 0},
         {"high": 0.3},
         {"low": -0.1},

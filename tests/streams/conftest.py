@@ -10,6 +10,7 @@ import torch
 from wakesleep.streams import language_model as language_models
 from wakesleep.streams import reading
 from wakesleep.streams.session import Session
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.model_io import TOKENIZER, save_model
 from wakesleep.ttl.store import StoreConfig
@@ -27,6 +28,14 @@ def model_folder(tmp_path_factory) -> Path:
 def sleeper(tmp_path_factory) -> Path:
     """The same with fast weights that are read, in the layer with the store."""
     return _save_model(tmp_path_factory.mktemp("model") / "sleeper", fast_layers=(1,))
+
+
+@pytest.fixture(scope="session")
+def dreamer(tmp_path_factory) -> Path:
+    """The same with fast weights that are written awake and by passes of sleep, in both layers."""
+    fast = FastConfig(write="always", passes=4)
+    layers = {"fast_layers": (0, 1), "fast": fast, "recent": 64}
+    return _save_model(tmp_path_factory.mktemp("model") / "dreamer", **layers)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +84,8 @@ def _save_model(folder: Path, **layers) -> Path:
         )
         model = TTLModel(config)
         if config.fast_layers:
-            model.blocks[1].attention.fast.gate.data.fill_(0.5)
+            for layer in config.fast_layers:
+                model.blocks[layer].attention.fast.gate.data.fill_(0.5)
     tokenizer = (language_models.DEFAULT / TOKENIZER).read_bytes()
     save_model(folder, model, tokenizer, "# Random weights", half=False)
     return folder

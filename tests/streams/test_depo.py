@@ -32,7 +32,7 @@ CONFIG = TrainConfig(
         memory_layers=(),
         store_layers=(),
         fast_layers=(0, 1),
-        fast=FastConfig(write="always"),
+        fast=FastConfig(write="always", passes=4),
         recent=L,
     ),
     data=DataConfig(kind="depo", depo=DEPO),

@@ -146,7 +146,7 @@ def test_ctrl_c_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
 
 KILLED = """
 import os, signal, sys
-from wakesleep.consolidation import sleep
+from wakesleep.consolidation import replay_sleep as sleep
 from wakesleep.streams.session import Session
 left, change = int(sys.argv[4]), sleep.change
 def killing(*given):

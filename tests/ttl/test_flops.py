@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep.ttl import memory_scan
 from wakesleep.ttl.fast import FastConfig
-from wakesleep.ttl.flops import flop_table, segment_flops, state_bytes, wake_flops
+from wakesleep.ttl.flops import flop_table, pass_flops, segment_flops, state_bytes, wake_flops
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import nbytes
@@ -219,3 +219,22 @@ def test_table_is_what_a_token_costs_once_the_store_is_full(config):
     assert list(rows)[-2:] == ["head", "all"] and {c.part for c in costs} == set(rows) - {"all"}
     stored = "store of" in lines[0]
     assert stored == bool(config.store_layers) and ("store" in rows) == stored
+
+
+@torch.inference_mode()
+def test_a_pass_of_sleep_costs_what_torch_counts():
+    layers = {"fast_layers": (0, 1), "fast": FastConfig(write="always"), "recent": 8}
+    for config in (
+        make(**layers),
+        make({"kind": "mlp"}, {}, **layers),
+        make({}, {"score": "mass"}, num_persistent=2, **layers),
+    ):
+        model = TTLModel(config)
+        _, state, _ = model(draw(2, 40), model.init_state(2))
+        stored = state.blocks[1].store
+        used = 0 if stored is None else stored.position.shape[-1]
+        with FlopCounterMode(display=False) as counter:
+            model.sleep_pass(state)
+        solves = sum(c.linalg for c in segment_flops(config, 0, 8, batch=2, window=8))
+        told = pass_flops(config, 8, used, batch=2) - solves
+        assert counter.get_total_flops() == told, config

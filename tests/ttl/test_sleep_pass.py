@@ -159,14 +159,13 @@ def test_lanes_do_not_see_each_other_and_short_ones_sleep_over_what_they_have():
 @pytest.mark.parametrize(
     ("options", "length", "why"),
     [
-        ({"recent": 0}, 16, r"needs recent"),
-        ({"fast": FastConfig()}, 16, r"fast.write asleep"),
+        ({"recent": 0}, 16, r"recent=0"),
+        ({"fast": FastConfig()}, 16, r"fast.write=asleep"),
         ({"fast_layers": ()}, 16, r"fast_layers \[\]"),
-        ({}, 15, r"boundary of chunks"),
         (
             {"combine": "mac", "memory": MemoryConfig(kind="mlp", page=8)},
             16,
-            r"combine mac",
+            r"combine=mac",
         ),
     ],
 )

@@ -1,0 +1,187 @@
+"""One sleep by replay: units of pairs, layer after layer, each behind a gate.
+
+First, places of pairs that an earlier sleep wrote are released, if they are still known. Then the
+layers with fast weights take turns writing one unit each, until nothing is left to write, the gate
+refuses, or the next unit with all that judges it would cost more than there is.
+
+Shapes: B lanes, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from wakesleep.consolidation.budget import Cost
+from wakesleep.consolidation.costs import (
+    Sizes,
+    audit_cost,
+    choose_cost,
+    gate_cost,
+    mark_cost,
+    release_cost,
+    sizes_of,
+    write_cost,
+)
+from wakesleep.consolidation.gate import (
+    NOISE_CUES,
+    advance,
+    audit,
+    judge,
+    known_after,
+    set_aside,
+    without_superseded,
+)
+from wakesleep.consolidation.night import INTERRUPTED, Night, share, total
+from wakesleep.consolidation.replay import change, choose, mark, release, take
+from wakesleep.ttl.fast import unit_key
+from wakesleep.ttl.model import ModelConfig
+from wakesleep.ttl.state import BlockState, FastState, map_state
+
+
+def replay_layers(c: ModelConfig) -> list[int]:
+    """The layers that replay can write: they have fast weights, and a store to fill them from.
+
+    Raises:
+        ValueError: there is none, or what is written awake would not be protected.
+    """
+    if c.fast.write == "always":
+        raise ValueError(
+            "sleep.rule=replay protects what sleep has written, and this model writes its fast "
+            "weights awake, too (fast.write=always)"
+        )
+    layers = sorted(set(c.fast_layers) & set(c.store_layers))
+    if not layers:
+        raise ValueError(
+            "sleep.rule=replay needs a layer with fast weights and a store, and this model has "
+            f"fast_layers {list(c.fast_layers)}, store_layers {list(c.store_layers)}"
+        )
+    return layers
+
+
+class ReplayNight(Night):
+    """Sleep by replay."""
+
+    def __init__(self, model, state, config, ledger, generator: torch.Generator) -> None:
+        """generator: of the cues; on the CPU."""
+        super().__init__(model, state, config, ledger)
+        self.layers, self.generator = replay_layers(model.config), generator
+        audits = (audit_cost(self._sizes(layer)) for layer in self.layers)
+        self._last_cost = total(self.tail_cost, *audits)
+
+    @property
+    def last_cost(self) -> Cost:
+        """Of a look at the window and at the sealed pairs."""
+        return self._last_cost
+
+    @property
+    def unit_flops(self) -> int:
+        """Of one unit, its gate included."""
+        return _unit_cost(self._sizes(self.layers[0])).flops
+
+    @property
+    def changed(self) -> bool:
+        """Whether pairs were written or places freed."""
+        return self.written + self.released > 0
+
+    def work(self, stop: Callable[[], bool]) -> str:
+        """Release, then write unit by unit."""
+        for layer in self.layers:
+            self._release(layer)
+        left = list(self.layers)
+        for _ in range(self.config.num_passes):
+            for layer in list(left):
+                if stop():
+                    return INTERRUPTED
+                if not self.affords(_unit_cost(self._sizes(layer))):
+                    return "the budget is spent"
+                if not self._unit(layer):
+                    left.remove(layer)
+            if not left:
+                return "nothing more to write"
+        return "all passes were made"
+
+    def unharmed(self) -> tuple[Tensor, float | None, str]:
+        """All lanes: every unit was judged by itself. Then what the sealed pairs say."""
+        counts = [
+            audit(self.state.blocks[layer].fast, self.config.tolerance) for layer in self.layers
+        ]
+        known, num_pairs = (
+            sum(int(count.sum()) for count in part) for part in zip(*counts, strict=True)
+        )
+        lanes = torch.ones_like(self.start.position, dtype=torch.bool)
+        return lanes, known / num_pairs if num_pairs else None, ""
+
+    def _unit(self, layer: int) -> bool:
+        """Write one unit in one layer; False if there was nothing to write, or nothing passed."""
+        block, sizes = self.state.blocks[layer], self._sizes(layer)
+        num_pairs, tolerance = sizes.head_dim // 2, self.config.tolerance
+        self.spend("sleep", choose_cost(sizes, num_pairs))
+        pairs = choose(block.store, block.fast, num_pairs, tolerance)
+        self.spend("sleep", mark_cost(sizes))
+        if not bool(pairs.chosen.any()):
+            fast = mark(block.store, block.fast, tolerance)
+            self._put(layer, block._replace(fast=fast))
+            return False
+        self.spend("sleep", write_cost(sizes, num_pairs))
+        self.spend("gate", gate_cost(sizes, num_pairs))
+        lam = self.model.config.fast.lam
+        fast = block.fast._replace(probes=without_superseded(block.fast.probes, pairs))
+        full = change(fast, pairs, lam)
+        noise = torch.randn(NOISE_CUES, sizes.head_dim, generator=self.generator)
+        cues = unit_key(noise.to(fast.s.device))
+        verdict = judge(fast, full, pairs, cues, tolerance)
+        passed = verdict.step > 0
+        new = advance(fast, full, verdict.step)
+        known = known_after(new, pairs, tolerance) & passed[..., None]
+        position = take(block.store.position, pairs.place)
+        new = new._replace(probes=set_aside(new.probes, pairs, position, known, self.state.lane))
+        # heads that did not pass keep their probes as well, superseded or not
+        new = _by_head(passed, mark(block.store, new, tolerance), block.fast)
+        self._put(layer, block._replace(fast=new))
+        tried = pairs.chosen.any(-1)
+        refused = int((tried & ~passed).sum())
+        self.units += 1
+        self.written += int(known.sum())
+        self.rejected += refused
+        wasted = share(write_cost(sizes, num_pairs), refused, sizes.heads)
+        self.ledger = self.config.bucket.waste(self.ledger, wasted)
+        return bool(passed.any())
+
+    def _release(self, layer: int) -> None:
+        block, sizes = self.state.blocks[layer], self._sizes(layer)
+        marked = (block.fast.asleep >= 0).sum(-1)
+        cost = release_cost(sizes, int(marked.max()))
+        if not bool(marked.any()) or not self.affords(cost):
+            return
+        self.spend("sleep", cost)
+        store, fast = release(block.store, block.fast, self.config.tolerance, self.generator)
+        self.released += int((block.store.position >= 0).sum() - (store.position >= 0).sum())
+        self._put(layer, block._replace(store=store, fast=fast))
+
+    def _put(self, layer: int, block: BlockState) -> None:
+        blocks = list(self.state.blocks)
+        blocks[layer] = block
+        self.state = self.state._replace(blocks=tuple(blocks))
+
+    def _sizes(self, layer: int) -> Sizes:
+        return sizes_of(self.state.blocks[layer])
+
+
+def _unit_cost(sizes: Sizes) -> Cost:
+    """What a unit may cost at most, its gate included."""
+    num_pairs = sizes.head_dim // 2
+    parts = (write_cost(sizes, num_pairs), mark_cost(sizes), gate_cost(sizes, num_pairs))
+    return total(choose_cost(sizes, num_pairs), *parts)
+
+
+def _by_head(heads: Tensor, new: FastState, old: FastState) -> FastState:
+    """The heads [B, H] of `new`, of `old` elsewhere."""
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(heads.view(*heads.shape, *[1] * (a.dim() - 2)), a, b)
+
+    parts = ("s", "covariance", "asleep", "probes")
+    return old._replace(**{n: map_state(pick, getattr(new, n), getattr(old, n)) for n in parts})
