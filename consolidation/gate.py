@@ -94,14 +94,16 @@ def keeps(
         cues: [N, K] keys of length 1 that mean nothing.
     """
     k, v, usable = readable(store)
-    then, now = (torch.cosine_similarity(k @ s, v, dim=-1) for s in (before.s, after.s))
+    cues, both = cues.to(k.dtype), (before.s.to(k.dtype), after.s.to(k.dtype))
+    then, now = (torch.cosine_similarity(k @ s, v, dim=-1) for s in both)
     fall, count = torch.where(usable, then - now, 0.0).flatten(1), usable.flatten(1).sum(1)
     mean = fall.sum(1) / count.clamp(min=1)
     off = torch.where(usable.flatten(1), fall - mean[:, None], 0.0).square().sum(1)
     error = (off / (count * (count - 1)).clamp(min=1)).sqrt()
-    quiet, loud = ((cues @ s).norm(dim=-1).mean(-1) for s in (before.s, after.s))  # [B, H]
+    quiet, loud = ((cues @ s).norm(dim=-1).mean(-1) for s in both)  # [B, H]
     value = v.norm(dim=-1).sum(-1) / usable.sum(-1).clamp(min=1)
-    calm = (loud <= torch.maximum(quiet, LOUDEST * value)).all(-1)
+    calm = loud <= torch.maximum(quiet, LOUDEST * value)
+    calm = (calm | ~usable.any(-1)).all(-1)  # an empty store says nothing of how loud is loud
     return (mean + CONFIDENCE * error <= OLD_LOSS * (1 - tolerance)) & calm
 
 
