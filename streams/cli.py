@@ -23,6 +23,7 @@ from wakesleep.streams import (
     sleep_command,
     stream_command,
     train_command,
+    tune_command,
 )
 from wakesleep.streams.allocator import restart_with_tuned_malloc
 from wakesleep.streams.console import shortened, use_any_encoding
@@ -34,13 +35,15 @@ COMMANDS = {
     "ask": ask_command,
     "sleep": sleep_command,
     "train": train_command,
+    "tune": tune_command,
     "doctor": doctor_command,
 }
-HEAVY = {"stream", "ask", "sleep", "train"}  # these compute, and gain from another allocator
+HEAVY = {"stream", "ask", "sleep", "train", "tune"}  # they gain from another allocator
 FLAGS = {
     "--session": {"metavar": "DIR"},
     "--output": {"metavar": "DIR"},
     "--config": {"metavar": "YAML"},
+    "--workers": {"metavar": "N"},
     "--resume": {"action": "store_true"},
     "--again": {"action": "store_true"},
     "--json": {"action": "store_true"},

@@ -36,7 +36,7 @@ wakesleep stream [DOC] [--session DIR] [key=value ...]
 
   wakesleep stream                       the bundled document, 10M tokens
   wakesleep stream book.txt              into runs/book; again: goes on or shows
-  wakesleep stream notes/ window=512     a folder, as one stream
+  wakesleep stream notes/ window=128     a folder, as one stream
   wakesleep stream two.txt --session runs/book      append another document
   wakesleep stream --session runs/book              finish what is unfinished
 

@@ -49,6 +49,12 @@ def text(tmp_path) -> Path:
     return _write_text(tmp_path / "a.txt")
 
 
+@pytest.fixture(scope="session")
+def shared_text(tmp_path_factory) -> Path:
+    """The same text, once for all; not to be written to."""
+    return _write_text(tmp_path_factory.mktemp("text") / "a.txt")
+
+
 @pytest.fixture
 def straight(tmp_path, _straight) -> Path:
     """A session that read the same text without a break, with a line of metrics per 300 tokens."""

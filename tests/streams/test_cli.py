@@ -25,6 +25,7 @@ FLAGS = {  # a new flag is a promise: add it here with the one who needs it
     "ask": "--json --quiet --debug",
     "sleep": "--json --quiet --debug",
     "train": "--output --resume --json --quiet --debug --print-config --dry-run",
+    "tune": "--output --workers --json --quiet --debug --print-config --dry-run",
     "doctor": "--json --quiet --debug",
 }
 

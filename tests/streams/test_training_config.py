@@ -13,7 +13,9 @@ from wakesleep.streams.training_config import OptimConfig, TrainConfig
 from wakesleep.streams.training_draws import SPARE, draw_blind, draw_step
 
 FACTS = np.array([0, 4, 8])  # tokens of three lanes
-RECIPES = sorted(entry.name for entry in files("wakesleep.configs").iterdir())
+RECIPES = sorted(
+    entry.name for entry in files("wakesleep.configs").iterdir() if entry.name != "tune.yaml"
+)
 RECIPES = [name for name in RECIPES if name.endswith(".yaml")]
 
 

@@ -1,0 +1,235 @@
+"""Studies on a tiny model: what is measured, killed and gone on with, shared, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from wakesleep.streams import tune_trial
+from wakesleep.streams.cli import main
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.snapshot import locked
+from wakesleep.streams.stopping import Stopped
+from wakesleep.streams.tune_config import TuneConfig
+from wakesleep.streams.tune_study import Study
+from wakesleep.streams.tuning import Tuning
+
+SEARCH = {"window": [64, 32], "store.capacity": [32, 8]}
+
+
+@pytest.fixture(scope="module")
+def config(model_folder, shared_text) -> TuneConfig:
+    return TuneConfig(
+        document=str(shared_text),
+        tokens=1280,
+        questions=3,
+        goal="bits_per_byte",
+        seeds=(0, 5),
+        trials=4,
+        search=SEARCH,
+        stream={"model": str(model_folder), "threads": 1, "segment_len": 64},
+    )
+
+
+def study(folder, config, workers=1):
+    made = Study(folder, config, workers)
+    made.begin()
+    return made.carry_out(lambda result: None)[0]
+
+
+def same(report) -> list:
+    """What does not depend on the clock."""
+    timed = ("seconds", "pause_p95")
+    return [{k: v for k, v in row.items() if k not in timed} for row in report.results]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("studies") / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole(folder, config):
+    return study(folder, config)
+
+
+def test_every_setting_is_measured_once_and_compared_with_the_first(folder, config, whole):
+    values = [tuple(row["values"].values()) for row in whole.results]
+    assert sorted(values) == sorted((w, s) for w in (64, 32) for s in (32, 8))
+    assert whole.first["values"] == {"window": 64, "store.capacity": 32}
+    for row in whole.results:
+        assert row["tokens"] == 2 * 1280 and row["recall"][1] <= 6
+        assert len(row["bits_by_seed"]) == 2 and row["sleep_flops"] == 0.0
+    sizes = {v: row["state_bytes"] for v, row in zip(values, whole.results, strict=True)}
+    assert sizes[64, 32] > sizes[64, 8] > sizes[32, 8]
+    cost = {v: row["wake_flops"] for v, row in zip(values, whole.results, strict=True)}
+    assert cost[64, 32] > cost[32, 32] and cost[64, 32] > cost[64, 8]
+    assert not list((folder / "trials").glob("*/seed-*"))  # sessions are gone
+    assert study(folder, config) == whole  # nothing is measured again
+
+
+def test_fewer_trials_than_settings_begin_with_the_first_and_can_go_on(tmp_path, config, whole):
+    few = study(tmp_path / "few", replace(config, trials=2))
+    assert len(few.results) == 2 and few.first in few.results
+    more = study(tmp_path / "few", config)
+    assert same(more) == same(whole)
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_killed_in_the_middle_it_goes_on_and_comes_to_the_same(tmp_path, config, whole, at):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from wakesleep.streams import reading\n"
+        "from wakesleep.streams.tune_config import TuneConfig\n"
+        "from wakesleep.streams.tune_study import Study\n"
+        f"left, save = {at}, reading.Reading.save\n"
+        "def killing(self):\n"
+        "    global left\n"
+        "    save(self)\n"
+        "    left -= 1\n"
+        "    if left < 0:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "reading.Reading.save = killing\n"
+        f"study = Study(Path(sys.argv[1]), {config!r}, 1)\n"
+        "study.begin()\n"
+        "study.carry_out(lambda result: None)\n"
+    )
+    environment = {**os.environ, "WAKESLEEP_MALLOC": "default"}
+    words = [sys.executable, "-c", code, str(tmp_path / "s")]
+    run = subprocess.run(words, env=environment, timeout=120, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert list((tmp_path / "s" / "trials").glob("*/seed-*"))
+    assert same(study(tmp_path / "s", config)) == same(whole)
+
+
+def test_two_processes_share_the_work(tmp_path, config, whole):
+    assert same(study(tmp_path / "s", config, workers=2)) == same(whole)
+
+
+def test_what_another_process_is_at_is_left_to_it(tmp_path, config):
+    made = Study(tmp_path / "s", replace(config, trials=2), 1)
+    made.begin()
+    tuning, told = Tuning(tmp_path / "s", made.config, made.allowed), []
+    first = tuning._place(made.allowed[0])
+    first.mkdir(parents=True)
+    with locked(first):
+        tuning.work(told.append)
+    assert len(told) == 1 and told[0]["values"] != made.allowed[0]
+    tuning.work(told.append)  # the other one is no more
+    assert len(tuning.results()) == 2 and told[1]["values"] == made.allowed[0]
+
+
+def test_a_signal_stops_between_segments_and_nothing_is_lost(tmp_path, config, whole, monkeypatch):
+    read, calls = tune_trial.Session.read, []
+
+    def stopping(self, *given, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stopped(signal.SIGINT)
+        return read(self, *given, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(tune_trial.Session, "read", stopping)
+        study(tmp_path / "s", config)
+    assert same(study(tmp_path / "s", config)) == same(whole)
+
+
+def test_states_that_are_too_large_are_left_out(tmp_path, config, whole):
+    sizes = sorted(row["state_bytes"] for row in whole.results)
+    limit = whole.first["state_bytes"]
+    assert sizes[-1] == limit  # the first is the largest here
+    search = {"window": [32, 64], "store.capacity": [8, 32]}
+    small = replace(config, search=search, most_state_bytes=sizes[1], trials=9)
+    report = study(tmp_path / "s", small)
+    assert sorted(row["state_bytes"] for row in report.results) == sizes[:2]
+    with pytest.raises(Refused, match="the first setting has a larger state"):
+        Study(tmp_path / "t", replace(config, most_state_bytes=sizes[1]), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"tokens": 1300}, "tokens=1280, now it is 1300"),
+        ({"search": {"window": [64]}}, "search.store.capacity"),
+        ({"seeds": (0,)}, "seeds"),
+    ],
+)
+def test_a_folder_is_one_study(tmp_path, config, change, why):
+    Study(tmp_path / "s", config, 1).begin()
+    before = (tmp_path / "s" / "tune.json").read_bytes()
+    with pytest.raises(Refused, match=why):
+        Study(tmp_path / "s", replace(config, **change), 1)
+    assert (tmp_path / "s" / "tune.json").read_bytes() == before
+
+
+def test_a_study_of_another_model_is_refused(tmp_path, config, sleeper):
+    Study(tmp_path / "s", config, 1).begin()
+    other = replace(config, stream=config.stream | {"model": str(sleeper)})
+    with pytest.raises(Refused, match="another model"):
+        Study(tmp_path / "s", other, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"search": {"windw": [64]}}, "did you mean window"),
+        ({"search": {"window": [64, 63]}}, "window"),
+        ({"search": {"facts.count": [1, 2]}}, "facts.count is no key to tune"),
+        ({"stream": {"limit_tokens": 5}}, "limit_tokens is no key to tune"),
+        ({"search": {"sleep.rule": ["none", "replay"]}}, "fast weights"),
+        ({"document": "nowhere.txt"}, "nowhere.txt"),
+        ({"tokens": 300}, "facts cannot be planted"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_folder_is_made(tmp_path, config, change, why):
+    change = change | {"stream": config.stream | change.get("stream", {})}
+    with pytest.raises(ValueError, match=why):  # Refused is one
+        Study(tmp_path / "s", replace(config, **change), 1)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({}, "search names the keys"),
+        ({"search": {"window": 64}}, "search.window must be a list"),
+        ({"search": {"window": []}}, "search.window must be a list"),
+        ({"search": SEARCH, "tokens": 0}, "tokens must be from 1"),
+        ({"search": SEARCH, "seeds": (1, 1)}, "seeds must be different"),
+        ({"search": SEARCH, "questions": 0}, "questions must be from 1"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(options, why):
+    with pytest.raises(ValueError, match=why):
+        TuneConfig(**options)
+
+
+def test_the_command_ends_with_settings_that_stream_takes(tmp_path, config, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = [f"stream.{key}={value}" for key, value in config.stream.items()]
+    words = ["tune", "configs/tune.yaml", "--output", "t", f"document={config.document}"]
+    words += ["tokens=1280", "questions=3", "seeds=0", "goal=bits_per_byte", *keys]
+    words += ["search.window=64,32", "search.store.capacity=32", "trials=2"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "2 of 2 settings" in capsys.readouterr().out and not (tmp_path / "t").exists()
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert "best.yaml: " in out and "next: wakesleep stream DOC --config t/cheaper.yaml" in out
+    assert err.count("bits/byte") == 2 and "Ctrl-C saves" in err
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["results"]) == 2
+    document = ["stream", config.document, "--session", "s", "--config", "t/best.yaml"]
+    assert main([*document, "limit_tokens=200"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--workers", "none"]) == 2
+    assert "--workers none" in capsys.readouterr().err
+    assert main(["tune", "configs/tune.yaml"]) == 2
+    assert main(["tune"]) == 2
