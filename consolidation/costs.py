@@ -5,7 +5,7 @@ FLOPs are those of matrix products (as torch counts them, 2 per multiply-add) an
 step reads and writes, each once.
 
 Shapes: X lanes times heads, S store places, n pairs of a unit, M marked pairs, P probes, N cues of
-noise, K head width.
+noise, K head width, M hidden width of an MLP.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 from wakesleep.consolidation.budget import Cost
 from wakesleep.consolidation.gate import NOISE_CUES
-from wakesleep.ttl.fast import PROBES
+from wakesleep.consolidation.gate import STEPS as STEPS_TRIED
+from wakesleep.consolidation.replay import REHEARSED
+from wakesleep.kernels.rehearsed_write import STEPS
+from wakesleep.ttl.fast import PROBES, is_linear
 from wakesleep.ttl.state import BlockState
 
 
@@ -25,61 +28,81 @@ class Sizes(NamedTuple):
     places: int  # S
     head_dim: int  # K
     itemsize: int  # bytes of a number in the store
+    hidden: int = 0  # M of an MLP, 0 of a matrix
+
+    @property
+    def adds(self) -> int:
+        """Multiply-adds of one answer."""
+        return self.head_dim * (2 * self.hidden or self.head_dim)
+
+    @property
+    def unit_pairs(self) -> int:
+        """Pairs that one unit writes: half of what a matrix can tell apart, or what pays an MLP."""
+        return 2 * self.head_dim if self.hidden else self.head_dim // 2
 
 
 def sizes_of(block: BlockState) -> Sizes:
     """Sizes of a layer that has both."""
     B, H, S, K = block.store.k.shape
-    return Sizes(B * H, S, K, block.store.k.element_size())
+    s = block.fast.s
+    return Sizes(B * H, S, K, block.store.k.element_size(), 0 if is_linear(s) else s.shape[-1] // 2)
 
 
 def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
     """Of finding the pairs of a unit: gains of all places, superseded ones, keys of probes."""
-    X, S, K, _ = sizes
+    X, S, K, *_ = sizes
     n = min(num_pairs, S)
     looked_at = min(2 * num_pairs, S)
-    adds = S * K * K + looked_at * S * K + n * PROBES * K
+    adds = S * sizes.adds + looked_at * S * K + n * PROBES * K
     return Cost(2 * X * adds, _store(sizes) + _weights(sizes) + _probes(sizes))
 
 
 def write_cost(sizes: Sizes, num_pairs: int) -> Cost:
-    """Of the protected write of a unit, in float64."""
-    X, S, K, _ = sizes
+    """Of the write of a unit: the protected one of a matrix in float64, the steps of an MLP."""
+    X, S, K, _, M = sizes
     n = min(num_pairs, S)
-    linalg = -(-(K**3) // 3) + 2 * K**3
+    factor = -(-(K**3) // 3)
+    if M:
+        R = REHEARSED * K
+        adds = R * K * K + n * K * K + R * sizes.adds + STEPS * 5 * (n + R) * K * M
+        rows = X * (n + R) * 2 * K * 4
+        return Cost(X * (2 * adds + factor), STEPS * (4 * _weights(sizes) + rows))
+    linalg = factor + 2 * K**3
     return Cost(X * (2 * 4 * n * K * K + linalg), 2 * (2 * _weights(sizes) + X * 2 * n * K * 4))
 
 
 def mark_cost(sizes: Sizes) -> Cost:
     """Of telling which stored pairs are given back."""
-    X, S, K, _ = sizes
-    return Cost(2 * X * S * K * K, _store(sizes) + _weights(sizes) + 2 * X * S * 8)
+    X, S = sizes[:2]
+    return Cost(2 * X * S * sizes.adds, _store(sizes) + _weights(sizes) + 2 * X * S * 8)
 
 
 def release_cost(sizes: Sizes, num_marked: int) -> Cost:
     """Of asking for M marked pairs again, the most of any head, and freeing what is found."""
-    X, S, K, _ = sizes
+    X, S, K, *_ = sizes
     M = num_marked
-    return Cost(2 * X * (M * K * K + 2 * M * S * K), 2 * _store(sizes) + _weights(sizes))
+    return Cost(2 * X * (M * sizes.adds + 2 * M * S * K), 2 * _store(sizes) + _weights(sizes))
 
 
 def gate_cost(sizes: Sizes, num_pairs: int) -> Cost:
     """Of judging a unit: old and new pairs, noise, and dropping probes that are no longer true."""
-    X, S, K, _ = sizes
+    X, S, K, *_ = sizes
     n = min(num_pairs, S)
-    rows = 3 * (PROBES // 2) + 4 * n + 3 * NOISE_CUES
-    return Cost(2 * X * (rows * K * K + PROBES * n * K), 2 * _weights(sizes) + 2 * _probes(sizes))
+    asked = 1 + (len(STEPS_TRIED) if sizes.hidden else 2)  # times each row; a matrix is linear
+    rows = asked * (PROBES // 2 + NOISE_CUES) + (asked + 1) * n
+    return Cost(
+        2 * X * (rows * sizes.adds + PROBES * n * K), 2 * _weights(sizes) + 2 * _probes(sizes)
+    )
 
 
 def audit_cost(sizes: Sizes) -> Cost:
     """Of asking for the sealed half of the probes."""
-    X, _, K, _ = sizes
-    return Cost(2 * X * (PROBES // 2) * K * K, _weights(sizes) + _probes(sizes) // 2)
+    return Cost(2 * sizes.heads * (PROBES // 2) * sizes.adds, _weights(sizes) + _probes(sizes) // 2)
 
 
 def keep_cost(sizes: Sizes) -> Cost:
     """Of asking for all stored pairs, and for noise, before passes of sleep and after them."""
-    X, S, K, _ = sizes
+    X, S, K, *_ = sizes
     return Cost(2 * X * 2 * (S + NOISE_CUES) * K * K, _store(sizes) + 2 * _weights(sizes))
 
 
@@ -88,7 +111,7 @@ def _store(sizes: Sizes) -> int:
 
 
 def _weights(sizes: Sizes) -> int:
-    return sizes.heads * 2 * sizes.head_dim**2 * 4
+    return sizes.heads * (sizes.head_dim**2 + sizes.adds) * 4
 
 
 def _probes(sizes: Sizes) -> int:

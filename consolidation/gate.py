@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wakesleep.consolidation.replay import SAME_KEY, Pairs, readable, take
-from wakesleep.ttl.fast import PROBES
+from wakesleep.ttl.fast import PROBES, answer, is_linear
 from wakesleep.ttl.state import FastState, ProbeState, StoreState
 from wakesleep.ttl.store import hash_uniform
 
@@ -63,7 +63,7 @@ def judge(
         (_cosines(fast, full, pairs.k, pairs.v)[1] >= tolerance).float(), pairs.chosen
     )
     loud = _answers(fast, full, cues.expand(*fast.s.shape[:2], -1, -1)).norm(dim=-1).mean(2)
-    quiet = (cues @ fast.s).norm(dim=-1).mean(2)
+    quiet = answer(fast.s, cues.expand(*fast.s.shape[:2], -1, -1)).norm(dim=-1).mean(2)
     value = pairs.v.norm(dim=-1).sum(2) / pairs.chosen.sum(2).clamp(min=1)
     passes = (learned >= NEW_KNOWN) & ((kept >= OLD_KNOWN) | no_loss)
     passes &= (fall + CONFIDENCE * error <= OLD_LOSS * (1 - tolerance)) & (
@@ -78,7 +78,7 @@ def judge(
 
 def known_after(fast: FastState, pairs: Pairs, tolerance: float) -> Tensor:
     """Which of the written pairs [B, H, n] `fast` knows."""
-    told = torch.cosine_similarity(pairs.k @ fast.s, pairs.v, dim=-1)
+    told = torch.cosine_similarity(answer(fast.s, pairs.k), pairs.v, dim=-1)
     return pairs.chosen & (told >= tolerance)
 
 
@@ -110,7 +110,7 @@ def keeps(
 def audit(fast: FastState, tolerance: float) -> tuple[Tensor, Tensor]:
     """How many of the sealed pairs each head [B, H] knows, and how many it has."""
     k, v, position = (t[:, :, PROBES // 2 :] for t in fast.probes)
-    told = torch.cosine_similarity(k.float() @ fast.s, v.float(), dim=-1)
+    told = torch.cosine_similarity(answer(fast.s, k.float()), v.float(), dim=-1)
     known = (told >= tolerance) & (position >= 0)
     return known.sum(-1), (position >= 0).sum(-1)
 
@@ -169,6 +169,8 @@ def _keep(probes: ProbeState, kept: Tensor) -> ProbeState:
 
 def _answers(fast: FastState, full: FastState, k: Tensor) -> Tensor:
     """What each step gives back for k [B, H, n, K]: [B, H, n, A, K]."""
+    if not is_linear(fast.s):
+        return torch.stack([answer(torch.lerp(fast.s, full.s, a), k) for a in STEPS], -2)
     before, after = k @ fast.s, k @ full.s
     steps = torch.tensor(STEPS, dtype=before.dtype, device=before.device)[:, None]
     return before[..., None, :] + steps * (after - before)[..., None, :]
@@ -176,7 +178,7 @@ def _answers(fast: FastState, full: FastState, k: Tensor) -> Tensor:
 
 def _cosines(fast: FastState, full: FastState, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine of what is given back with v: now [B, H, n], and after each step [B, H, n, A]."""
-    now = torch.cosine_similarity(k @ fast.s, v, dim=-1)
+    now = torch.cosine_similarity(answer(fast.s, k), v, dim=-1)
     return now, torch.cosine_similarity(_answers(fast, full, k), v[..., None, :], dim=-1)
 
 

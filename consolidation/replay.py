@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wakesleep.kernels.protected_write import protected_write
-from wakesleep.ttl.fast import unit_key
+from wakesleep.kernels.rehearsed_write import rehearsed_write
+from wakesleep.ttl.fast import answer, is_linear, unit_key
 from wakesleep.ttl.state import FastState, StoreState
 
 SAME_KEY = 0.98  # cosine of two keys from which on they are one
 INSTEAD = 20.0  # weight of a pair against another value of its key that is there
+REHEARSED = 8  # keys that an MLP rehearses, in widths of a head
 CUE_NOISE = 0.2  # length of what disturbs a cue of length 1
 
 
@@ -49,7 +51,7 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, tolerance: float)
         tolerance: cosine of an answer with the value, from which on a pair is given back.
     """
     k, v, usable = readable(store)
-    told = k @ fast.s
+    told = answer(fast.s, k)
     gain = ((v - told).norm(dim=-1) / v.norm(dim=-1).clamp(min=1e-6)).clamp(max=1)
     need = store.score.argsort(dim=-1).argsort(dim=-1) + 1.0
     aside = (store.position[..., None] == fast.probes.position[..., None, :]).any(-1)
@@ -65,17 +67,30 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, tolerance: float)
     return Pairs(place, chosen, k, v, chosen & again)
 
 
-def change(fast: FastState, pairs: Pairs, lam: float) -> FastState:
-    """The fast weights with the pairs in them, at full step; marks and probes stay."""
+def change(
+    fast: FastState, pairs: Pairs, lam: float, generator: torch.Generator | None = None
+) -> FastState:
+    """The fast weights with the pairs in them, at full step; marks and probes stay.
+
+    Args:
+        lam: ridge of a matrix.
+        generator: of the keys that an MLP rehearses; on the CPU.
+    """
     weight = 1.0 + (INSTEAD - 1) * pairs.replaces
-    s, covariance = protected_write(fast.s, fast.covariance, pairs.k, pairs.v, lam, weight)
+    given = (fast.s, fast.covariance, pairs.k, pairs.v)
+    if is_linear(fast.s):
+        s, covariance = protected_write(*given, lam, weight)
+    else:
+        K = fast.s.shape[-2]
+        noise = torch.randn(REHEARSED * K, K, generator=generator).to(fast.s)
+        s, covariance = rehearsed_write(*given, weight, noise)
     return fast._replace(s=s, covariance=covariance)
 
 
 def mark(store: StoreState, fast: FastState, tolerance: float) -> FastState:
     """Mark the stored pairs that the fast weights give back, and no others."""
     k, v, usable = readable(store)
-    known = usable & _known(k @ fast.s, v, tolerance)
+    known = usable & _known(answer(fast.s, k), v, tolerance)
     return fast._replace(asleep=torch.where(known, store.position, -1))
 
 
@@ -96,7 +111,7 @@ def release(
     k, v, usable = readable(store)
     keys, values, position = take(k, place), take(v, place), store.position.gather(-1, place)
     noise = torch.randn(k.shape[-2:], generator=generator).to(k.device)  # lanes get the same
-    told = unit_key(keys + CUE_NOISE * unit_key(noise)[place]) @ fast.s
+    told = answer(fast.s, unit_key(keys + CUE_NOISE * unit_key(noise)[place]))
     near = F.normalize(told, dim=-1) @ F.normalize(v, dim=-1).mT  # [B, H, M, S]
     best = torch.where(usable[..., None, :], near, -torch.inf).amax(-1)
     own = torch.cosine_similarity(told, values, dim=-1)

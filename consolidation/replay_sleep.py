@@ -117,7 +117,7 @@ class ReplayNight(Night):
     def _unit(self, layer: int) -> bool:
         """Write one unit in one layer; False if there was nothing to write, or nothing passed."""
         block, sizes = self.state.blocks[layer], self._sizes(layer)
-        num_pairs, tolerance = sizes.head_dim // 2, self.config.tolerance
+        num_pairs, tolerance = sizes.unit_pairs, self.config.tolerance
         self.spend("sleep", choose_cost(sizes, num_pairs))
         pairs = choose(block.store, block.fast, num_pairs, tolerance)
         self.spend("sleep", mark_cost(sizes))
@@ -129,7 +129,7 @@ class ReplayNight(Night):
         self.spend("gate", gate_cost(sizes, num_pairs))
         lam = self.model.config.fast.lam
         fast = block.fast._replace(probes=without_superseded(block.fast.probes, pairs))
-        full = change(fast, pairs, lam)
+        full = change(fast, pairs, lam, self.generator)
         noise = torch.randn(NOISE_CUES, sizes.head_dim, generator=self.generator)
         cues = unit_key(noise.to(fast.s.device))
         verdict = judge(fast, full, pairs, cues, tolerance)
@@ -172,7 +172,7 @@ class ReplayNight(Night):
 
 def _unit_cost(sizes: Sizes) -> Cost:
     """What a unit may cost at most, its gate included."""
-    num_pairs = sizes.head_dim // 2
+    num_pairs = sizes.unit_pairs
     parts = (write_cost(sizes, num_pairs), mark_cost(sizes), gate_cost(sizes, num_pairs))
     return total(choose_cost(sizes, num_pairs), *parts)
 

@@ -1,10 +1,13 @@
-"""How many made-up pairs replay gets into a matrix of fast weights, next to the ridge fit.
+"""How many made-up pairs replay gets into fast weights, next to what all at once would give.
 
     python scripts/sleep_capacity.py
+    python scripts/sleep_capacity.py --expansion 4 --pairs 128,256,512,1024
     python scripts/sleep_capacity.py --pairs 64,512 --tolerances 0.5 --width 128
 
-Keys of length 1 and values at random; units of half the width, each behind the gate, until nothing
-more is taken. Recall is the share of all pairs whose value is the nearest of all values.
+Keys of length 1 and values at random; units of half the width (of twice the width for an MLP, whose
+hidden width is --expansion head widths), each behind the gate, until nothing more is taken. At
+once: the ridge fit of a matrix, 300 steps of Adam of an MLP. Recall is the share of the pairs whose
+value is the nearest of all values.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from torch import Tensor
 from wakesleep.consolidation.gate import NOISE_CUES, advance, judge, known_after, set_aside
 from wakesleep.consolidation.replay import change, choose, mark, take
 from wakesleep.kernels.protected_write import joint_ridge
-from wakesleep.ttl.fast import no_fast_weights, unit_key
+from wakesleep.kernels.rehearsed_write import rehearsed_write
+from wakesleep.ttl.fast import answer, no_fast_weights, unit_key
 from wakesleep.ttl.state import SPAN, StoreState
 
 LANES, HEADS, LAM = 4, 4, 0.05
@@ -35,13 +39,16 @@ def make_store(num_pairs: int, width: int, generator: torch.Generator) -> StoreS
     return StoreState(unit_key(k), v, score, 0 * score, position, span, score[..., :3])
 
 
-def replayed(store: StoreState, tolerance: float, generator: torch.Generator) -> Tensor:
-    """The fast weights [B, H, K, K] when the gate takes nothing more."""
+def replayed(
+    store: StoreState, tolerance: float, generator: torch.Generator, expansion: int
+) -> Tensor:
+    """The fast weights [B, H, K, Y] when the gate takes nothing more."""
     width, lane = store.k.shape[-1], torch.arange(LANES)
-    fast = no_fast_weights(store.k, LANES, HEADS, width, store.k.shape[2])
+    sizes = (LANES, HEADS, width, store.k.shape[2])
+    fast = no_fast_weights(store.k, *sizes, hidden=expansion * width)
     for _ in range(MOST_UNITS):
-        pairs = choose(store, fast, width // 2, tolerance)
-        full = change(fast, pairs, LAM)
+        pairs = choose(store, fast, 2 * width if expansion else width // 2, tolerance)
+        full = change(fast, pairs, LAM, generator)
         cues = unit_key(torch.randn(NOISE_CUES, width, generator=generator))
         step = judge(fast, full, pairs, cues, tolerance).step
         if not bool((step > 0).any()):
@@ -54,9 +61,19 @@ def replayed(store: StoreState, tolerance: float, generator: torch.Generator) ->
     return fast.s
 
 
+def at_once(store: StoreState, expansion: int) -> Tensor:
+    """Fast weights that all pairs were written into together, without a gate."""
+    if not expansion:
+        return joint_ridge(store.k, store.v, LAM)
+    width = store.k.shape[-1]
+    fast = no_fast_weights(store.k, LANES, HEADS, width, hidden=expansion * width)
+    weight, noise = torch.ones(store.k.shape[:-1]), torch.zeros(1, width)
+    return rehearsed_write(fast.s, fast.covariance, store.k, store.v, weight, noise, 300)[0]
+
+
 def recall(s: Tensor, store: StoreState) -> float:
     """Share of the pairs that are told from all others."""
-    near = F.normalize(store.k @ s, dim=-1) @ F.normalize(store.v, dim=-1).mT
+    near = F.normalize(answer(s, store.k), dim=-1) @ F.normalize(store.v, dim=-1).mT
     return float((near.argmax(-1) == torch.arange(near.shape[-1])).double().mean())
 
 
@@ -65,16 +82,18 @@ def main() -> None:
     parser.add_argument("--pairs", default="32,64,128,256")
     parser.add_argument("--tolerances", default="0.9,0.6,0.4")
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--expansion", type=int, default=0, help="of an MLP; 0 for a matrix")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     tolerances = [float(t) for t in args.tolerances.split(",")]
-    head = ["pairs", *(f"tolerance {t:g}" for t in tolerances), "ridge"]
+    ceiling = "Adam 300" if args.expansion else "ridge"
+    head = ["pairs", *(f"tolerance {t:g}" for t in tolerances), ceiling]
     print("| " + " | ".join(head) + " |\n|" + "--:|" * len(head))
     for num_pairs in map(int, args.pairs.split(",")):
         generator = torch.Generator().manual_seed(args.seed + num_pairs)
         store = make_store(num_pairs, args.width, generator)
-        found = [recall(replayed(store, t, generator), store) for t in tolerances]
-        found.append(recall(joint_ridge(store.k, store.v, LAM), store))
+        found = [recall(replayed(store, t, generator, args.expansion), store) for t in tolerances]
+        found.append(recall(at_once(store, args.expansion), store))
         print(f"| {num_pairs} | " + " | ".join(f"{x:.2f}" for x in found) + " |", flush=True)
 
 

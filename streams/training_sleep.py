@@ -59,7 +59,7 @@ def _slept(block: BlockState, num_pairs: int, lam: float, generator) -> BlockSta
         drawn = torch.rand(store.position.shape[1:], generator=generator).to(store.position.device)
         offered = torch.where(drawn < OFFERED, store.position, -1)
         pairs = choose(store._replace(position=offered), block.fast, num_pairs, UNKNOWN)
-        fast = change(block.fast, pairs, lam)
+        fast = change(block.fast, pairs, lam, generator)
         free = torch.zeros_like(store.position, dtype=torch.bool)
         free = free.scatter(-1, pairs.place, pairs.chosen)
     return block._replace(store=emptied(store, free), fast=fast)

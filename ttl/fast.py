@@ -1,13 +1,17 @@
-"""Fast weights: a linear memory per head that shares queries, keys and values with the window.
+"""Fast weights: a memory per head that shares queries, keys and values with the window.
 
 A pair of the store is a pair of the fast weights: sleep writes it once more, here, and its place in
 the store is free. Keys and queries are of length 1 and know no position.
+
+    kind="matrix"   a linear memory: written in closed form, holds about K pairs (safe)
+    kind="mlp"      two layers: written by gradient steps, holds several times as many (capacity)
 
     write="asleep"   sleep alone writes; awake, all tokens read the same fast weights
     write="always"   every token writes by the gated delta rule, too, and reads behind its write:
                      the setting of arXiv 2605.26099, and what sleep by recurrence needs
 
-Shapes: B lanes, T tokens, H heads, K head width, S store places, C chunk, N chunks, G = N * C.
+Shapes: B lanes, T tokens, H heads, K head width, S store places, C chunk, N chunks, G = N * C, M
+hidden width of an MLP; Y = K for a matrix, 2 M for an MLP.
 Source of the delta rule: Gated DeltaNet, arXiv 2412.06464; see `kernels/delta_rule.py`.
 """
 
@@ -22,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wakesleep.kernels.delta_rule import DeltaMemory
+from wakesleep.kernels.rehearsed_write import first_weights, mlp_answer
 from wakesleep.ttl.grid import Grid, carry, from_chunks, gather, scatter, to_chunks
 from wakesleep.ttl.memory_scan import Chunks, scan
 from wakesleep.ttl.state import FastState, ProbeState
@@ -35,6 +40,8 @@ GATE_STD = 0.02  # of their weights
 
 @dataclass(frozen=True, kw_only=True)
 class FastConfig:
+    kind: Literal["matrix", "mlp"] = "matrix"
+    expansion: int = 4  # hidden width of an mlp per head width
     write: Literal["asleep", "always"] = "asleep"
     lam: float = 0.05  # ridge of the protected write; one key of length 1 has weight 1
     passes: int = 1  # most passes over what was read last that training has made; 1 = none in sleep
@@ -42,6 +49,12 @@ class FastConfig:
     def __post_init__(self) -> None:
         if self.write not in ("asleep", "always"):
             raise ValueError(f"fast.write must be asleep or always, got {self.write!r}")
+        if self.kind not in ("matrix", "mlp"):
+            raise ValueError(f"fast.kind must be matrix or mlp, got {self.kind!r}")
+        if self.kind == "mlp" and self.write == "always":
+            raise ValueError("fast.kind=mlp is written asleep only, got fast.write=always")
+        if not 1 <= self.expansion <= 64:
+            raise ValueError(f"fast.expansion must be from 1 to 64, got {self.expansion}")
         if not 1e-6 <= self.lam < math.inf:
             raise ValueError(f"fast.lam must be from 1e-6 to inf, got {self.lam}")
         if not 1 <= self.passes <= 64:
@@ -69,7 +82,9 @@ class FastWeights(nn.Module):
 
     def init_state(self, batch: int, capacity: int, like: Tensor) -> FastState:
         """Fast weights of lanes that have read nothing, with a store of `capacity` (0 = none)."""
-        return no_fast_weights(like, batch, self.num_heads, self.head_dim, capacity, self.chunk)
+        hidden = hidden_width(self.config, self.head_dim)
+        sizes = (batch, self.num_heads, self.head_dim, capacity, self.chunk, hidden)
+        return no_fast_weights(like, *sizes)
 
     def forward(
         self,
@@ -125,7 +140,7 @@ class FastWeights(nn.Module):
         """
         with torch.autocast(q.device.type, enabled=False):
             unit = unit_key(q).transpose(1, 2)
-            y = self._shown((unit @ state.s.to(unit.dtype)).transpose(1, 2))
+            y = self._shown(answer(state.s.to(unit.dtype), unit).transpose(1, 2))
         return y.to(q.dtype)
 
     def _shown(self, y: Tensor) -> Tensor:
@@ -135,21 +150,47 @@ class FastWeights(nn.Module):
         return y * (power + floor).rsqrt() * self.gate.to(y.dtype)[:, None]
 
 
+def answer(s: Tensor, k: Tensor) -> Tensor:
+    """What fast weights s [B, H, K, Y] give back for keys or queries k [B, H, n, K] of length 1."""
+    return k @ s if is_linear(s) else mlp_answer(s, k)
+
+
+def is_linear(s: Tensor) -> bool:
+    """Whether fast weights s [.., K, Y] are a matrix, not an MLP: then Y is K."""
+    return s.shape[-1] == s.shape[-2]
+
+
+def hidden_width(config: FastConfig, head_dim: int) -> int:
+    """M of an MLP, 0 of a matrix."""
+    return config.expansion * head_dim if config.kind == "mlp" else 0
+
+
 def no_fast_weights(
-    like: Tensor, batch: int, num_heads: int, head_dim: int, capacity: int = 0, chunk: int = 0
+    like: Tensor,
+    batch: int,
+    num_heads: int,
+    head_dim: int,
+    capacity: int = 0,
+    chunk: int = 0,
+    hidden: int = 0,
 ) -> FastState:
     """Nothing written, no probes, on the device of `like` and with probes of its dtype.
 
-    chunk: tokens of the open chunk whose gates are kept; 0 where nothing is written awake.
+    Args:
+        chunk: tokens of the open chunk whose gates are kept; 0 where nothing is written awake.
+        hidden: M of an MLP; 0 for a matrix.
     """
     heads = (batch, num_heads)
     wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     matrix = torch.zeros(*heads, head_dim, head_dim, **wide)
+    s = matrix
+    if hidden:
+        s = first_weights(num_heads, head_dim, hidden).to(**wide).expand(batch, -1, -1, -1).clone()
     places = torch.full((*heads, capacity), -1, device=like.device)
     k = like.new_zeros(*heads, PROBES, head_dim)
     probes = ProbeState(k, k.clone(), places.new_full((*heads, PROBES), -1))
     gates = torch.zeros(batch, chunk, num_heads, 2, **wide)
-    return FastState(matrix, matrix.clone(), gates, places, probes)
+    return FastState(s, matrix.clone(), gates, places, probes)
 
 
 def follow(asleep: Tensor, position: Tensor) -> Tensor:

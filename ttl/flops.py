@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from wakesleep.ttl.attention import TAPS
-from wakesleep.ttl.fast import PROBES
+from wakesleep.ttl.fast import PROBES, hidden_width
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import SPAN
@@ -179,7 +179,9 @@ def state_bytes(
             parts.append(PartBytes("memory", layer, batch * memory))
         if layer in c.fast_layers:
             places = S if layer in c.store_layers else 0
-            numbers = 2 * c.head_dim**2 + (2 * c.chunk if c.fast.write == "always" else 0)
+            width = 2 * hidden_width(c.fast, c.head_dim) or c.head_dim
+            numbers = c.head_dim * (c.head_dim + width)
+            numbers += 2 * c.chunk if c.fast.write == "always" else 0
             fast = max(4, size) * numbers + 8 * places + PROBES * (pair + 8)
             parts.append(PartBytes("fast weights", layer, batch * H * fast))
     ids = SPAN + W + c.chunk
@@ -232,7 +234,7 @@ def _fast(config: ModelConfig, position: int, num_tokens: int) -> tuple[int, int
     """
     c, H, K = config, config.num_heads, config.head_dim
     if c.fast.write == "asleep":
-        return num_tokens * H * K * K, 0
+        return num_tokens * H * K * (2 * hidden_width(c.fast, K) or K), 0
     like = replace(c, combine="mag", memory=MemoryConfig(kind="delta"))
     adds, solve = _memory(like, position, num_tokens, None)
     return adds - num_tokens * c.dim * H * (4 * K + 3) + num_tokens * c.dim * 2 * H, solve

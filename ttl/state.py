@@ -68,7 +68,7 @@ class ProbeState(NamedTuple):
 class FastState(NamedTuple):
     """Fast weights that are read awake and written asleep; zero heads in a layer without them."""
 
-    s: Tensor  # [B, H or 0, K, K] float32, a key of length 1 times s is its value
+    s: Tensor  # [B, H or 0, K, K or 2 M] float32, of a matrix, or of an MLP with M hidden
     covariance: Tensor  # [B, H or 0, K, K] float32, sum of k k^T over the keys written asleep
     gates: Tensor  # [B, C or 0, H or 0, 2] float32, keep and step in the open chunk, written awake
     asleep: Tensor  # [B, H or 0, S] int64 position of the written pair in each store place, or -1

@@ -27,15 +27,17 @@ def count(call, *inputs):
     return counter.get_total_flops(), result
 
 
+@pytest.mark.parametrize("hidden", [0, 24])
 @pytest.mark.parametrize(("places", "head_dim", "num_pairs"), [(20, 8, 4), (5, 12, 8), (33, 5, 1)])
-def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs):
-    sizes = Sizes(B * H, places, head_dim, 4)
+def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs, hidden):
+    sizes = Sizes(B * H, places, head_dim, 4, hidden)
     pair = torch.randn(2, B, H, places, head_dim)
     number = torch.randn(B, H, places)
     span = torch.zeros(B, H, places, SPAN, dtype=torch.int32)
     store = StoreState(*pair, number, number, number.argsort(-1), span, number[..., :3])
-    fast = no_fast_weights(pair, B, H, head_dim, places)
-    linalg = B * H * (-(-(head_dim**3) // 3) + 2 * head_dim**3)
+    fast = no_fast_weights(pair, B, H, head_dim, places, hidden=hidden)
+    solves = 0 if hidden else 2 * head_dim**3
+    linalg = B * H * (-(-(head_dim**3) // 3) + solves)
 
     flops, pairs = count(choose, store, fast, num_pairs, 0.9)
     assert flops == choose_cost(sizes, num_pairs).flops

@@ -70,6 +70,7 @@ ROWS = {
     "mal, memory and store": make({"kind": "mlp"}, {}, combine="mal"),
     "fast weights": make(fast_layers=(0, 2)),
     "mag, memory, store and fast weights": make({"kind": "delta"}, {}, fast_layers=(1, 2)),
+    "fast weights, an mlp": make(fast_layers=(0, 2), fast=FastConfig(kind="mlp", expansion=2)),
     "fast weights written awake": make(
         fast_layers=(0, 2), fast=FastConfig(write="always"), recent=8
     ),

@@ -44,6 +44,7 @@ CONFIGS = {
     "store recency with quota": make(store={"score": "recency", "quota": True, "capacity": 16}),
     "store mass": make(store={"score": "mass"}, num_persistent=1),
     "fast weights": make(fast_layers=(0, 1)),
+    "fast weights, an mlp": make(fast_layers=(1,), fast=FastConfig(kind="mlp", expansion=3)),
     "fast weights written awake": make(
         fast_layers=(0, 1), fast=FastConfig(write="always"), recent=8
     ),

@@ -1,0 +1,181 @@
+"""Sleep that writes an MLP per head: it holds what no matrix can, behind the same gate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wakesleep.consolidation.budget import Cost, Ledger
+from wakesleep.consolidation.gate import NOISE_CUES, judge, set_aside
+from wakesleep.consolidation.replay import Pairs, change
+from wakesleep.consolidation.sleep import sleep
+from wakesleep.consolidation.sleep_config import SleepConfig
+from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights, unit_key
+from wakesleep.ttl.model import ModelConfig, TTLModel
+from wakesleep.ttl.state import named_tensors
+from wakesleep.ttl.store import StoreConfig
+
+B, H, K, OLD, NEW = 4, 5, 32, 80, 16
+LAM, TOLERANCE = 0.05, 0.6
+PLENTY = Ledger(wake=Cost(10**13))
+
+
+def draw_pairs(num_pairs: int, generator: torch.Generator) -> Pairs:
+    k = unit_key(torch.randn(B, H, num_pairs, K, generator=generator))
+    v = torch.randn(B, H, num_pairs, K, generator=generator)
+    chosen = torch.ones(B, H, num_pairs, dtype=torch.bool)
+    return Pairs(torch.arange(num_pairs).expand(B, H, -1), chosen, k, v, ~chosen)
+
+
+def begin(seed: int):
+    """An MLP that knows more pairs than a matrix could, all of them probes."""
+    generator = torch.Generator().manual_seed(seed)
+    old, new = draw_pairs(OLD, generator), draw_pairs(NEW, generator)
+    fast = change(no_fast_weights(old.k, B, H, K, hidden=8 * K), old, LAM, generator)
+    position = torch.arange(OLD) + 1000 * torch.arange(B * H).view(B, H, 1)
+    probes = set_aside(fast.probes, old, position, old.chosen, torch.arange(B))
+    cues = unit_key(torch.randn(NOISE_CUES, K, generator=generator))
+    return fast._replace(probes=probes), old, new, cues, generator
+
+
+def random_direction(fast, full, old, new, generator):
+    noise = torch.randn(fast.s.shape, generator=generator)
+    size = (full.s - fast.s).norm(dim=(-2, -1), keepdim=True)
+    return fast.s + noise / noise.norm(dim=(-2, -1), keepdim=True) * size
+
+
+def flipped_sign(fast, full, old, new, generator):
+    return fast.s - (full.s - fast.s)
+
+
+def shuffled_values(fast, full, old, new, generator):
+    return change(fast, new._replace(v=new.v.roll(1, 2)), LAM, generator).s
+
+
+def other_values_for_a_tenth(fast, full, old, new, generator):
+    """Every tenth old pair is written as well, its value turned round."""
+    k = torch.cat([new.k, old.k[:, :, ::10]], 2)
+    v = torch.cat([new.v, -old.v[:, :, ::10]], 2)
+    replaces = torch.arange(k.shape[2]) >= NEW
+    chosen = torch.ones(B, H, k.shape[2], dtype=torch.bool)
+    both = Pairs(new.place, chosen, k, v, replaces.expand(B, H, -1))
+    return change(fast, both, LAM, generator).s
+
+
+def test_good_writes_pass_and_forced_bad_ones_are_rejected():
+    passed, rejected, known = [], {}, []
+    for seed in range(2):
+        fast, old, new, cues, generator = begin(seed)
+        full = change(fast, new, LAM, generator)
+        passed.append(judge(fast, full, new, cues, TOLERANCE).step > 0)
+        told = answer(full.s, old.k)
+        known.append(torch.cosine_similarity(told, old.v, dim=-1) >= TOLERANCE)
+        for spoil in (random_direction, flipped_sign, shuffled_values, other_values_for_a_tenth):
+            spoiled = full._replace(s=spoil(fast, full, old, new, generator))
+            verdict = judge(fast, spoiled, new, cues, TOLERANCE)
+            rejected.setdefault(spoil.__name__, []).append(verdict.step == 0)
+    assert torch.stack(passed).double().mean() >= 0.97
+    assert torch.stack(known).double().mean() > 0.97
+    for name, verdicts in rejected.items():
+        assert torch.stack(verdicts).double().mean() >= 0.99, name
+
+
+def build(kind: str) -> tuple[TTLModel, ModelConfig]:
+    torch.manual_seed(4)
+    config = ModelConfig(
+        vocab_size=61,
+        dim=24,
+        num_layers=2,
+        num_heads=2,
+        head_dim=16,
+        mlp_dim=32,
+        window=8,
+        chunk=4,
+        memory_layers=(),
+        store_layers=(1,),
+        fast_layers=(1,),
+        store=StoreConfig(capacity=80, hidden=8),
+        fast=FastConfig(kind=kind, expansion=8),
+    )
+    return TTLModel(config).eval(), config
+
+
+def night(model, state, ledger=PLENTY, seed=0, **options):
+    options = {"rule": "replay", "offline_ratio": 1.0, "tail_loss": 9.0, "tolerance": 0.5} | options
+    generator = torch.Generator().manual_seed(seed)
+    return sleep(model, state, SleepConfig(**options), ledger, generator)
+
+
+@pytest.fixture(scope="module")
+def read():
+    model, _ = build("mlp")
+    tokens = torch.randint(61, (2, 120), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model, model(tokens, model.init_state(2))[1]
+
+
+def test_more_is_written_than_into_a_matrix_and_nothing_else_changes(read):
+    model, state = read
+    after, ledger, report = night(model, state)
+    changed = {
+        name
+        for (name, a), (_, b) in zip(named_tensors(state), named_tensors(after), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed and all(name.startswith("blocks.1.fast.") for name in changed)
+    matrix, config = build("matrix")
+    matrix.load_state_dict(model.state_dict())
+    fresh = no_fast_weights(state.blocks[1].store.k, 2, 2, 16, 80)
+    other = state._replace(blocks=(state.blocks[0], state.blocks[1]._replace(fast=fresh)))
+    linear = night(matrix, other)[2]
+    assert config.fast.kind == "matrix" and report.written > 1.2 * linear.written > 0
+    again, _, second = night(model, after, ledger, seed=1)
+    assert second.released > 0.8 * report.written and second.audit > 0.9
+    assert (again.blocks[1].store.position >= 0).sum() < (state.blocks[1].store.position >= 0).sum()
+
+
+def test_it_pays_at_least_what_torch_counts_and_never_more_than_it_has(read):
+    model, state = read
+    with FlopCounterMode(display=False) as counter:
+        _, ledger, report = night(model, state)
+    paid = ledger.sleep.flops + ledger.gate.flops + ledger.wasted.flops
+    factors = report.units * 4 * -(-(16**3) // 3)
+    assert 0 <= paid - factors - counter.get_total_flops() < 0.05 * paid
+    for wake in (paid - 1, paid // 2):
+        _, less, smaller = night(model, state, Ledger(wake=Cost(wake)))
+        assert less.sleep.flops + less.gate.flops + less.wasted.flops <= wake
+        assert smaller.units < report.units
+
+
+def test_the_same_seed_gives_the_same_bits(read):
+    model, state = read
+    one, other = night(model, state)[0], night(model, state)[0]
+    assert torch.equal(one.blocks[1].fast.s, other.blocks[1].fast.s)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"kind": "mlp", "write": "always"}, "written asleep only"),
+        ({"kind": "cube"}, "fast.kind must be matrix or mlp"),
+        ({"kind": "mlp", "expansion": 0}, "fast.expansion must be"),
+    ],
+)
+def test_kinds_that_cannot_be_are_refused(options, why):
+    with pytest.raises(ValueError, match=why):
+        FastConfig(**options)
+
+
+def test_a_model_with_an_mlp_reads_as_before_until_it_sleeps(read):
+    model, state = read
+    without, config = build("mlp")
+    without.blocks[1].attention.fast.gate.data.fill_(1.0)
+    tokens = torch.randint(61, (2, 30), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(model(tokens, state)[0], without(tokens, state)[0])
+        slept = night(without, state)[0]
+        assert not torch.allclose(model(tokens, state)[0], without(tokens, slept)[0])
+    assert replace(config.fast, kind="matrix").expansion == 8
