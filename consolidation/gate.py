@@ -30,6 +30,13 @@ OLD_LOSS = 0.5  # mean fall in cosine of the old pairs, at most, in parts of 1 -
 CONFIDENCE = 1.64  # standard errors of a one-sided bound of 95 %
 LOUDEST = 3.0  # mean length of an answer to noise, in lengths of the written values
 NOISE_CUES = 64
+RULES = (  # by which a step can be refused, in the order in which they are asked
+    "the weights were not finite",
+    "too few of the new pairs became known",
+    "too few of the old pairs stayed known",
+    "old answers moved too far",
+    "noise was answered too loudly",
+)
 
 
 class Verdict(NamedTuple):
@@ -39,6 +46,9 @@ class Verdict(NamedTuple):
     new_known: Tensor  # [B, H] share of the written pairs that are known after it
     old_known: Tensor  # [B, H] share of the old pairs likewise, 1 without any
     loss: Tensor  # [B, H] mean fall in cosine of the old pairs
+    rule: (
+        Tensor  # [B, H] int64: the first of RULES that refused the full step; their number if none
+    )
 
 
 def judge(
@@ -65,15 +75,21 @@ def judge(
     loud = _answers(fast, full, cues.expand(*fast.s.shape[:2], -1, -1)).norm(dim=-1).mean(2)
     quiet = answer(fast.s, cues.expand(*fast.s.shape[:2], -1, -1)).norm(dim=-1).mean(2)
     value = pairs.v.norm(dim=-1).sum(2) / pairs.chosen.sum(2).clamp(min=1)
-    passes = (learned >= NEW_KNOWN) & ((kept >= OLD_KNOWN) | no_loss)
-    passes &= (fall + CONFIDENCE * error <= OLD_LOSS * (1 - tolerance)) & (
-        loud <= torch.maximum(quiet, LOUDEST * value)[..., None]
-    )
-    passes &= full.s.isfinite().all(-1).all(-1)[..., None] & pairs.chosen.any(-1)[..., None]
+    rules = [
+        full.s.isfinite().flatten(2).all(-1)[..., None].expand_as(learned),
+        learned >= NEW_KNOWN,
+        (kept >= OLD_KNOWN) | no_loss,
+        fall + CONFIDENCE * error <= OLD_LOSS * (1 - tolerance),
+        loud <= torch.maximum(quiet, LOUDEST * value)[..., None],
+    ]
+    holds = torch.stack(rules, -1)  # [B, H, A, rules]
+    passes = holds.all(-1) & pairs.chosen.any(-1)[..., None]
+    at_full = holds[:, :, 0]
+    rule = torch.where(at_full.all(-1), len(RULES), at_full.to(torch.uint8).argmin(-1))
     best = passes.to(torch.uint8).argmax(-1, keepdim=True)  # the first that passes, else 0
     steps = torch.tensor(STEPS, device=best.device)
     step = torch.where(passes.any(-1), steps[best[..., 0]], 0.0)
-    return Verdict(step, *(t.gather(-1, best)[..., 0] for t in (learned, kept, fall)))
+    return Verdict(step, *(t.gather(-1, best)[..., 0] for t in (learned, kept, fall)), rule)
 
 
 def known_after(fast: FastState, pairs: Pairs, tolerance: float) -> Tensor:

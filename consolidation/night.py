@@ -34,6 +34,7 @@ class SleepReport(NamedTuple):
     units: int  # that were written and judged, or passes that were made
     written: int  # pairs that became known
     rejected: int  # writes of heads that the gate refused
+    rules: dict[str, int]  # of these, by the rule that refused the full step
     released: int  # places of the store
     audit: float | None  # share of the sealed pairs that are known; None without any
     tail_before: float | None  # nats per token of the window; None if it was not asked
@@ -54,6 +55,7 @@ class Night(ABC):
         self.before, self.ledger = ledger, ledger
         self.begin = time.monotonic()
         self.units = self.written = self.rejected = self.released = 0
+        self.rules: dict[str, int] = {}
         self.tail: Tensor | None = None
         self.tail_cost = Cost(tail_flops(model, state))
 
@@ -124,6 +126,7 @@ class Night(ABC):
             units=self.units,
             written=self.written,
             rejected=self.rejected,
+            rules=self.rules,
             released=self.released,
             audit=audited,
             tail_before=before,

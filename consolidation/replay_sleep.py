@@ -27,6 +27,7 @@ from wakesleep.consolidation.costs import (
 )
 from wakesleep.consolidation.gate import (
     NOISE_CUES,
+    RULES,
     advance,
     audit,
     judge,
@@ -143,6 +144,9 @@ class ReplayNight(Night):
         self._put(layer, block._replace(fast=new))
         tried = pairs.chosen.any(-1)
         refused = int((tried & ~passed).sum())
+        for number, rule in enumerate(RULES):
+            if count := int((tried & ~passed & (verdict.rule == number)).sum()):
+                self.rules[rule] = self.rules.get(rule, 0) + count
         self.units += 1
         self.written += int(known.sum())
         self.rejected += refused

@@ -1,0 +1,119 @@
+"""A hundred sleeps, one after the other: what the first ones wrote is still known after the last.
+
+    wakesleep stream --session runs/encyclopaedia
+    python scripts/sleep_retention.py runs/encyclopaedia
+    python scripts/sleep_retention.py runs/encyclopaedia --items 10 --expansion 4
+
+The pairs that the session's store holds come once more, in the order in which they were read, so
+many new ones per head and sleep; nothing else is in the store then. Every sleep is the one that
+streams sleep (budget, gate and all), into fresh fast weights. Known means that of the values of all
+items the right one is nearest to what the fast weights give back.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wakesleep.consolidation.budget import Ledger
+from wakesleep.consolidation.replay import take
+from wakesleep.consolidation.sleep import sleep
+from wakesleep.consolidation.sleep_config import SleepConfig
+from wakesleep.streams.session import Session
+from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights, unit_key
+from wakesleep.ttl.model import TTLModel
+from wakesleep.ttl.state import StoreState, StreamState
+
+TENTHS = 10  # of the sleeps, in the table
+
+
+def arrange(session: Session, expansion: int) -> tuple[TTLModel, StreamState, int]:
+    """The session's model and state with fast weights in its first layer with a store: that one."""
+    found, state = session.language_model.model, session.runner.state
+    layer = found.config.store_layers[0]
+    kind = FastConfig(kind="mlp", expansion=expansion) if expansion else FastConfig()
+    model = TTLModel(replace(found.config, fast_layers=(layer,), fast=kind)).eval()
+    model.load_state_dict(model.state_dict() | found.state_dict())
+    store = state.blocks[layer].store
+    B, H, S, K = store.k.shape
+    fast = no_fast_weights(store.k, B, H, K, S, hidden=expansion * K)
+    blocks = list(state.blocks)
+    blocks[layer] = blocks[layer]._replace(fast=fast)
+    return model, state._replace(blocks=tuple(blocks)), layer
+
+
+def items_of(store: StoreState, count: int) -> Tensor:
+    """Places [B, H, count] of pairs evenly spread over the stream, in its order."""
+    held = int((store.position >= 0).sum(-1).min())
+    if held < count:
+        raise SystemExit(f"the store holds {held:,} pairs per head, {count:,} are wanted")
+    last = torch.where(store.position >= 0, store.position, torch.iinfo(torch.int64).max)
+    order = last.argsort(-1)[..., :held]
+    return order[..., torch.linspace(0, held - 1, count).long()]
+
+
+def known(s: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Which of the items [B, H, n] s tells from all others."""
+    near = F.normalize(answer(s, k), dim=-1) @ F.normalize(v, dim=-1).mT
+    return near.argmax(-1) == torch.arange(k.shape[2])
+
+
+def carry_out(model, state: StreamState, layer: int, place: Tensor, items: int, tolerance: float):
+    """Sleep once per `items` places; yield the fast weights and the report after every sleep."""
+    full = state.blocks[layer].store
+    config = SleepConfig(rule="replay", passes=1, tail_loss=100.0, tolerance=tolerance)
+    for number in range(place.shape[-1] // items):
+        now = place[..., number * items : (number + 1) * items]
+        shown = torch.zeros_like(full.position, dtype=torch.bool).scatter(-1, now, True)
+        position = torch.where(shown, full.position, -1)
+        blocks = list(state.blocks)
+        store = full._replace(position=position)
+        blocks[layer] = blocks[layer]._replace(store=store)
+        state = state._replace(blocks=tuple(blocks))
+        generator = torch.Generator().manual_seed(number)
+        state, _, report = sleep(model, state, config, Ledger(granted=10**15), generator)
+        yield state.blocks[layer].fast, report
+
+
+def main() -> None:
+    """Print what is known of the items of each tenth of the sleeps, then and in the end."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("session")
+    parser.add_argument("--sleeps", type=int, default=100)
+    parser.add_argument("--items", type=int, default=1, help="new pairs per head and sleep")
+    parser.add_argument("--expansion", type=int, default=0, help="of an MLP; 0 for a matrix")
+    parser.add_argument("--tolerance", type=float, default=0.9)
+    args = parser.parse_args()
+    model, state, layer = arrange(Session.load(args.session), args.expansion)
+    store = state.blocks[layer].store
+    place = items_of(store, args.sleeps * args.items)
+    k, v = unit_key(take(store.k, place)), take(store.v, place).float()
+    per_tenth, then, rules, refused = args.sleeps // TENTHS, [], Counter(), 0
+    nights = carry_out(model, state, layer, place, args.items, args.tolerance)
+    for number, (fast, report) in enumerate(nights, 1):
+        rules.update(report.rules)
+        refused += report.rejected
+        if number % per_tenth == 0:
+            end = number * args.items
+            new = slice(end - per_tenth * args.items, end)
+            then.append(
+                float(known(fast.s, k[:, :, :end], v[:, :, :end])[..., new].double().mean())
+            )
+    last = known(fast.s, k, v).double().mean((0, 1)).unflatten(0, (TENTHS, -1)).mean(-1)
+    print("| sleeps | known right after | known in the end |\n|---|--:|--:|")
+    for tenth in range(TENTHS):
+        span = f"{tenth * per_tenth + 1} to {(tenth + 1) * per_tenth}"
+        print(f"| {span} | {then[tenth]:.3f} | {last[tenth]:.3f} |")
+    heads = store.position.shape[0] * store.position.shape[1]
+    print(f"\n{args.items} new pairs per head, {heads} heads, width {k.shape[-1]}")
+    told = ", ".join(f"{count} because {rule}" for rule, count in rules.items())
+    print(f"refused: {refused} of {heads * args.sleeps} writes{': ' * bool(told)}{told}")
+
+
+if __name__ == "__main__":
+    main()
