@@ -65,12 +65,8 @@ class Progress:
         """Show facts that were asked after `tokens` tokens."""
         right = sum(bool(fact["correct"]) for fact in facts)
         lines = [f"asked after {count(tokens)} tokens: {right} of {len(facts)} right"]
-        lines += [f"  {answered(fact)}" for fact in facts]
-        for line in lines:
-            if self._bar:
-                self._bar.print(line)
-            else:
-                self._console.say(line)
+        for line in [*lines, *(f"  {answered(fact)}" for fact in facts)]:
+            self.say(line)
 
     def sleeping(self, tokens: int) -> None:
         """Show that it sleeps now."""
@@ -79,10 +75,14 @@ class Progress:
 
     def slept(self, line: Mapping[str, Any]) -> None:
         """Show what a sleep came to."""
+        self.say(dream(line))
+
+    def say(self, text: str) -> None:
+        """Tell something, above the bar if there is one."""
         if self._bar:
-            self._bar.print(dream(line))
+            self._bar.print(text)
         else:
-            self._console.say(dream(line))
+            self._console.say(text)
 
 
 def on_terminal() -> bool:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from wakesleep.streams.console import Console, typed
 from wakesleep.streams.errors import Refused
-from wakesleep.streams.quantities import duration
 from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.train_command import find_recipe
-
-if TYPE_CHECKING:
-    from wakesleep.streams.tune_config import TuneConfig
 
 SUMMARY = "find out which setting is worth its compute, resumable"
 FLAGS = ("--output", "--workers", "--json", "--quiet", "--debug", "--print-config", "--dry-run")
@@ -65,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     workers, folder = _workers(arguments.workers), Path(arguments.output)
     _need_optuna()
 
+    from wakesleep.streams.tune_progress import Trials
+    from wakesleep.streams.tune_report import as_data, conclusions
     from wakesleep.streams.tune_study import Study
 
     study = Study(folder, config, workers)
@@ -75,28 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
     console.say(study.plan())
     console.say("Ctrl-C saves and stops; the same command goes on")
     try:
-        report, files = study.carry_out(lambda result: console.say(line_of(config, result)))
+        with Trials(console, config.tokens) as trials:
+            report, files = study.carry_out(trials, quiet=console.quiet)
     except Stopped:
         console.warn(f"stopped and saved; go on with: {_again(arguments)}")
         raise
-    from wakesleep.streams.tune_report import as_data, conclusions
-
     pictures = ", ".join(path.name for path in files if path.suffix == ".png")
     words = [*conclusions(config, report), f"table and pictures: {folder / 'table.md'}, {pictures}"]
     words.append(f"next: wakesleep stream DOC --config {typed(folder / 'cheaper.yaml')}")
     console.result(as_data(report), "\n".join(words))
     return 0
-
-
-def line_of(config: TuneConfig, result: Mapping[str, Any]) -> str:
-    """One setting that was measured, in words."""
-    values = " ".join(f"{key}={value}" for key, value in result["values"].items())
-    right, asked = result["recall"]
-    parts = [f"{right} of {asked} facts"] if asked else []
-    parts += [f"{result['bits_per_byte']:.3f} bits/byte"] if result["bits_per_byte"] else []
-    cost = (result["wake_flops"] + result["sleep_flops"]) / 1e6
-    parts += [f"{cost:.2f} MFLOP/token", duration(result["seconds"])]
-    return f"{values}: {', '.join(parts)}"
 
 
 def _lists(overrides: list[str]) -> list[str]:

@@ -6,11 +6,10 @@ import dataclasses
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from wakesleep.streams.config import flat
+from wakesleep.streams.console import Console
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.language_model import load_language_model, pick_device, pick_dtype
 from wakesleep.streams.quantities import count, size
@@ -19,11 +18,10 @@ from wakesleep.streams.sleeping import check_sleep
 from wakesleep.streams.stopping import Stopped, leave_at_signals
 from wakesleep.streams.tune_config import TuneConfig
 from wakesleep.streams.tune_plots import draw_study
+from wakesleep.streams.tune_progress import Trials, line_of
 from wakesleep.streams.tune_report import Report, make_report, write_report
 from wakesleep.streams.tuning import Tuning, Values, check_record
 from wakesleep.ttl.flops import state_bytes
-
-Told = Callable[[dict[str, Any]], None]
 
 
 class Study:
@@ -66,8 +64,11 @@ class Study:
         """Make the folder, or find the study in it."""
         check_record(self.folder, self.config, self.language_model.model_sha256)
 
-    def carry_out(self, told: Told) -> tuple[Report, list[Path]]:
+    def carry_out(self, trials: Trials, *, quiet: bool = False) -> tuple[Report, list[Path]]:
         """Measure what is left, with all workers, and write the report; returns it and its files.
+
+        Args:
+            trials: shows how this process gets on; others print a line per setting unless quiet.
 
         Raises:
             Stopped: a signal came; all streams are saved.
@@ -78,17 +79,18 @@ class Study:
             config = dataclasses.replace(config, stream=config.stream | {"threads": threads})
         spawn = multiprocessing.get_context("spawn")
         others = [
-            spawn.Process(target=_help, args=(self.folder, config, self.allowed))
+            spawn.Process(target=_help, args=(self.folder, config, self.allowed, quiet))
             for _ in range(self.workers - 1)
         ]
         for process in others:
             process.start()
         tuning = Tuning(self.folder, config, self.allowed)
         try:
-            tuning.work(told)
+            tuning.work(trials.told, trials)
             for process in others:
                 process.join()
-            tuning.work(told)  # what a process left behind that did not come to its end
+            # what a process left behind that did not come to its end
+            tuning.work(trials.told, trials)
         except BaseException:
             for process in others:
                 process.terminate()
@@ -131,10 +133,11 @@ class Study:
         return sum(part.nbytes for part in parts) <= self.config.most_state_bytes
 
 
-def _help(folder: Path, config: TuneConfig, allowed: list[Values]) -> None:
+def _help(folder: Path, config: TuneConfig, allowed: list[Values], quiet: bool) -> None:
     """Work in a study of another process."""
     leave_at_signals()
+    console = Console(quiet=quiet)
     try:
-        Tuning(folder, config, allowed).work(lambda result: None)
+        Tuning(folder, config, allowed).work(lambda result: console.say(line_of(result)))
     except Stopped as stopped:
         sys.exit(128 + stopped.number)

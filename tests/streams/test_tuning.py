@@ -13,10 +13,12 @@ import pytest
 
 from wakesleep.streams import tune_trial
 from wakesleep.streams.cli import main
+from wakesleep.streams.console import Console
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.snapshot import locked
 from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.tune_config import TuneConfig
+from wakesleep.streams.tune_progress import Trials
 from wakesleep.streams.tune_study import Study
 from wakesleep.streams.tuning import Tuning
 
@@ -40,7 +42,7 @@ def config(model_folder, shared_text) -> TuneConfig:
 def study(folder, config, workers=1):
     made = Study(folder, config, workers)
     made.begin()
-    return made.carry_out(lambda result: None)[0]
+    return made.carry_out(Trials(Console(quiet=True), 1280), quiet=True)[0]
 
 
 def same(report) -> list:
@@ -87,6 +89,8 @@ def test_killed_in_the_middle_it_goes_on_and_comes_to_the_same(tmp_path, config,
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from wakesleep.streams import reading\n"
+        "from wakesleep.streams.console import Console\n"
+        "from wakesleep.streams.tune_progress import Trials\n"
         "from wakesleep.streams.tune_config import TuneConfig\n"
         "from wakesleep.streams.tune_study import Study\n"
         f"left, save = {at}, reading.Reading.save\n"
@@ -99,7 +103,7 @@ def test_killed_in_the_middle_it_goes_on_and_comes_to_the_same(tmp_path, config,
         "reading.Reading.save = killing\n"
         f"study = Study(Path(sys.argv[1]), {config!r}, 1)\n"
         "study.begin()\n"
-        "study.carry_out(lambda result: None)\n"
+        "study.carry_out(Trials(Console(quiet=True), 1280))\n"
     )
     environment = {**os.environ, "WAKESLEEP_MALLOC": "default"}
     words = [sys.executable, "-c", code, str(tmp_path / "s")]
@@ -222,7 +226,7 @@ def test_the_command_ends_with_settings_that_stream_takes(tmp_path, config, caps
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert "best.yaml: " in out and "next: wakesleep stream DOC --config t/cheaper.yaml" in out
-    assert err.count("bits/byte") == 2 and "Ctrl-C saves" in err
+    assert err.count("MFLOP/token") == 2 and "Ctrl-C saves" in err
     assert main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["results"]) == 2
