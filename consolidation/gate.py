@@ -46,9 +46,7 @@ class Verdict(NamedTuple):
     new_known: Tensor  # [B, H] share of the written pairs that are known after it
     old_known: Tensor  # [B, H] share of the old pairs likewise, 1 without any
     loss: Tensor  # [B, H] mean fall in cosine of the old pairs
-    rule: (
-        Tensor  # [B, H] int64: the first of RULES that refused the full step; their number if none
-    )
+    rule: Tensor  # [B, H] int64: the first of RULES that refused the full step, else their number
 
 
 def judge(

@@ -4,10 +4,10 @@
     rule="cross"       over spans of the store, wherever in the stream they come from, from their
                        embeddings; spans meet in the fast weights alone
 
-Reading was the first pass; passes 2 to N are units, paid one by one. Nothing decays in them: the
-keep factor of N passes would be that of N times as many tokens (notes on decay: repeated passes
-erase the past otherwise). Only the fast weights change. A lane is taken if it knows what it knew
-and predicts its window as well as before; with `evict=hard` its window is empty then.
+Reading was the first pass; passes 2 to N are units, paid one by one. Nothing decays in them: N
+passes that do forget as much as N times as many tokens. Only the fast weights change. A lane is
+taken if it knows what it knew and predicts its window as well as before; with `evict=hard` its
+window is empty then.
 
 Shapes: B lanes, L tokens that are passed over, C chunk.
 """

@@ -31,7 +31,8 @@ class SleepConfig:
     def __post_init__(self) -> None:
         _ = self.bucket
         bounds = {
-            "num_passes": (0, 10_000),
+            "passes": (0, 10_000),
+            "span_tokens": (1, 2**20),
             "every": (1, 2**40),
             "low": (0, 1),
             "high": (0, 1),
@@ -40,13 +41,9 @@ class SleepConfig:
             "tail_loss": (0, 100),
         }
         for name, (least, most) in bounds.items():
-            if not least <= getattr(self, name) <= most:
-                name = name.removeprefix("num_")
-                raise ValueError(
-                    f"{name} must be from {least} to {most}, got {getattr(self, name)}"
-                )
-        if self.span_tokens is not None and not 1 <= self.span_tokens <= 2**20:
-            raise ValueError(f"span_tokens must be from 1 to {2**20}, got {self.span_tokens}")
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, got {value}")
         if self.low > self.high:
             raise ValueError(f"high must be at least low={self.low}, got {self.high}")
 

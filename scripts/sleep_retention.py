@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wakesleep.consolidation.budget import Ledger
+from wakesleep.consolidation.costs import sizes_of
 from wakesleep.consolidation.replay import take
 from wakesleep.consolidation.sleep import sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
@@ -81,7 +82,10 @@ def at_once(k: Tensor, v: Tensor, model: TTLModel) -> Tensor:
 def carry_out(model, state: StreamState, layer: int, place: Tensor, items: int, tolerance: float):
     """Sleep once per `items` places; yield the fast weights and the report after every sleep."""
     full = state.blocks[layer].store
-    config = SleepConfig(rule="replay", tail_loss=100.0, tolerance=tolerance)
+    unit = sizes_of(state.blocks[layer]).unit_pairs
+    config = SleepConfig(
+        rule="replay", passes=-(-items // unit), tail_loss=100.0, tolerance=tolerance
+    )
     for number in range(place.shape[-1] // items):
         now = place[..., number * items : (number + 1) * items]
         shown = torch.zeros_like(full.position, dtype=torch.bool).scatter(-1, now, True)
@@ -129,7 +133,7 @@ def main() -> None:
     heads = store.position.shape[0] * store.position.shape[1]
     print(f"\n{args.items} new pairs per head, {heads} heads, width {k.shape[-1]}")
     told = ", ".join(f"{count} because {rule}" for rule, count in rules.items())
-    print(f"refused: {refused} of {heads * args.sleeps} writes{': ' * bool(told)}{told}")
+    print(f"refused: {refused} writes{': ' * bool(told)}{told}")
 
 
 if __name__ == "__main__":

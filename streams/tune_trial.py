@@ -44,11 +44,10 @@ def measure(
             model = session.language_model
             sizes = _sizes(model, options)
     result = {"values": dict(values), **_combined(summaries, model, sizes)}
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1, allow_nan=False)
-    write_atomically(folder / RESULT, text.encode() + b"\n")
-    for seed in config.seeds:
+    for seed in config.seeds:  # first: a kill in between measures again and leaves nothing behind
         shutil.rmtree(folder / f"seed-{seed}")
+    write_atomically(folder / RESULT, text.encode() + b"\n")
     return result
 
 
@@ -74,7 +73,7 @@ def _combined(
     """One row of the table: sums over the seeds, means of what is no count."""
     tokens = sum(s["tokens"] for s in summaries)
     asleep = sum(s[f"{n}_flops"] for s in summaries for n in ("sleep", "gate", "wasted"))
-    facts = [by_training(s["facts"])[0] for s in summaries]
+    facts = [by_training(s["facts"])[0] or s["facts"] for s in summaries]
     bits = [s["bits_per_byte"] for s in summaries if s["bits_per_byte"] is not None]
     return {
         "tokens": tokens,

@@ -167,6 +167,8 @@ class Tuning:
 def goal_of(config: TuneConfig, result: Mapping[str, Any]) -> float:
     """What is made as large as it can be: the share of facts known, or bits per byte, negated."""
     if config.goal == "bits_per_byte":
+        if result["bits_per_byte"] is None:
+            raise Refused("goal=bits_per_byte: the document is no text", "", "goal=recall")
         return -result["bits_per_byte"]
     right, asked = result["recall"]
     return right / asked

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from wakesleep.streams import reading
 from wakesleep.streams import session as sessions
+from wakesleep.streams.cli import main
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.progress import dream
 from wakesleep.streams.session import Session
@@ -214,3 +215,73 @@ def test_a_model_that_cannot_sleep_is_refused_and_no_folder_made(tmp_path, model
 def test_questions_are_answered_after_sleep(rested):
     session = Session.load(rested[0])
     assert isinstance(session.ask("What is the pass code of the amber gate?").answer, str)
+
+
+PASSES = {"offline_ratio": 4.0, "passes": 3, "tail_loss": 9, "tolerance": 0.2}
+rules = pytest.mark.parametrize("rule", ["recurrent", "cross"])
+
+
+def pass_over(folder, model, document, rule, **options) -> dict:
+    """A stream that sleeps by passes, over the last tokens or over spans of the store."""
+    return stream(folder, model, document, sleep={**PASSES, "rule": rule, **options})
+
+
+@rules
+@pytest.mark.parametrize("evict", ["keep", "hard"])
+def test_a_stream_sleeps_at_every_eviction_and_tells_of_it(tmp_path, dreamer, text, rule, evict):
+    summary = pass_over(tmp_path / "s", dreamer, text, rule, evict=evict)
+    awake = pass_over(tmp_path / "awake", dreamer, text, "none")
+    log = summary["sleep_log"]
+    # a segment is two windows long; the last one may end inside a chunk
+    assert len(log) in (summary["tokens"] // 128, summary["tokens"] // 128 + 1)
+    assert all(line["trigger"] == "eviction" and line["rule"] == rule for line in log)
+    taken = [line for line in log if line["accepted"]]
+    assert taken and all(line["units"] == 2 for line in taken)
+    for name in ("sleep_flops", "gate_flops", "wasted_flops"):
+        assert summary[name] == sum(line[name] for line in log)
+    assert 0 < spent(summary) <= 4 * summary["wake_flops"]
+    assert summary["bits_per_byte"] != awake["bits_per_byte"]
+    assert "2 more passes; all passes were made" in dream(taken[0])
+
+
+@rules
+def test_without_ratio_or_with_one_pass_no_bit_changes(tmp_path, dreamer, text, rule):
+    summary = pass_over(tmp_path / "a", dreamer, text, "none")
+    for name, options in [("b", {"offline_ratio": 0.0}), ("c", {"passes": 1, "evict": "hard"})]:
+        other = pass_over(tmp_path / name, dreamer, text, rule, **options)
+        assert other["sleeps"] == spent(other) == 0
+        assert other["bits_per_byte"] == summary["bits_per_byte"]
+        assert tensors(tmp_path / name) == tensors(tmp_path / "a")
+
+
+@rules
+@pytest.mark.parametrize("at", [1, 4])
+def test_ctrl_c_between_two_passes_changes_nothing_in_the_end(
+    tmp_path, dreamer, text, rule, at, monkeypatch
+):
+    rested = pass_over(tmp_path / "rested", dreamer, text, rule, evict="hard")
+    StopInSleep.asked = 0
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(sessions, "StopSignals", lambda: StopInSleep(at))
+        pass_over(tmp_path / "s", dreamer, text, rule, evict="hard")
+    summary = pass_over(tmp_path / "s", dreamer, text, rule, evict="hard")
+    assert summary["resumed_at"] and repeated(summary) == repeated(rested)
+    assert tensors(tmp_path / "s") == tensors(tmp_path / "rested")
+
+
+@rules
+def test_a_session_at_rest_makes_its_passes_once(tmp_path, dreamer, text, rule, capsys):
+    pass_over(tmp_path / "s", dreamer, text, "none")
+    words = [f"sleep.{key}={value}" for key, value in {"rule": rule, **PASSES}.items()]
+    assert main(["sleep", str(tmp_path / "s"), "sleep.budget=1e12", *words]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("1 sleep in") and "2 more passes" in out
+    assert main(["sleep", str(tmp_path / "s"), "sleep.budget=10", *words]) == 0
+    assert capsys.readouterr().out.startswith("slept nothing")
+
+
+@rules
+def test_models_that_were_not_trained_for_it_are_refused(tmp_path, sleeper, text, rule):
+    with pytest.raises(Refused, match=r"needs fast_layers, fast.write=always"):
+        pass_over(tmp_path / "s", sleeper, text, rule)
+    assert not (tmp_path / "s").exists()
