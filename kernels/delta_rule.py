@@ -55,9 +55,9 @@ class DeltaMemory(NamedTuple):
         return DeltaErrors(given, v), torch.linalg.vector_norm(given - v, dim=-1)
 
     def steps(self, weights: Weights, plan: Plan, errors: DeltaErrors) -> tuple[Tensor]:
-        """-u for all tokens [X, n, K]."""
+        """u for all tokens [X, n, K]."""
         decayed = errors.given * plan.decay[..., None]
-        return (torch.bmm(plan.products, (decayed - errors.wanted) * plan.gate[..., None]),)
+        return (torch.bmm(plan.products, (errors.wanted - decayed) * plan.gate[..., None]),)
 
     read = MatrixMemory.read
     write = MatrixMemory.write

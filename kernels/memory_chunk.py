@@ -141,11 +141,11 @@ def _spread(x: Tensor, shares: Tensor) -> Tensor:
 
 
 def _advance(stack: Tensor, plan: Plan, inputs: Tensor, steps: Tensor) -> Tensor:
-    """The stack at the end of the chunk: carry * stack - inputs @ steps."""
+    """The stack at the end of the chunk: carry * stack + inputs @ steps."""
     if plan.carry.shape[-1] == 1:
-        return torch.baddbmm(stack * plan.carry, inputs, steps, alpha=-1)
+        return torch.baddbmm(stack * plan.carry, inputs, steps)
     carried = torch.bmm(plan.carry, stack.unflatten(1, (2, -1)).flatten(2))
-    return torch.baddbmm(carried.view_as(stack), inputs, steps, alpha=-1)
+    return torch.baddbmm(carried.view_as(stack), inputs, steps)
 
 
 def _read_start(base: Weights, stacks: Stacks, layer: int, x: Tensor, plan: Plan) -> Tensor:
@@ -219,10 +219,14 @@ class MatrixMemory(NamedTuple):
         return MatrixErrors(error), norm
 
     def steps(self, weights: Weights, plan: Plan, errors: MatrixErrors) -> tuple[Tensor]:
-        """Gradients times step sizes theta; the features that the bound is about are the keys."""
+        """Gradients times -theta, what is added; the step bound's features are the keys.
+
+        The sign is here, not in the products that add the steps: a product with a factor costs its
+        backward pass a copy of each input's gradient.
+        """
         own, total = plan.products.diagonal(0, 1, 2), plan.products.sum(-1)
         theta = plan.gate * step_bound(own, total, self.chunk, self.max_step)
-        return (errors.error * theta[..., None],)
+        return (errors.error * -theta[..., None],)
 
     def read(
         self,
@@ -235,7 +239,7 @@ class MatrixMemory(NamedTuple):
     ) -> Tensor:
         """y_t = M_t(q_t) for all tokens of the chunk: [X, C, K]."""
         y = _read_start(self.base, stacks, 0, q, plan)
-        return torch.baddbmm(y, torch.bmm(q, k.mT) * plan.mix, steps[0], alpha=-1)
+        return torch.baddbmm(y, torch.bmm(q, k.mT) * plan.mix, steps[0])
 
     def write(
         self, stacks: Stacks, plan: Plan, errors: MatrixErrors, steps: tuple[Tensor]
@@ -276,13 +280,13 @@ class MLPMemory(NamedTuple):
         return MLPErrors(error, hidden, slope, before, mean, scale), norm
 
     def steps(self, weights: Weights, plan: Plan, errors: MLPErrors) -> tuple[Tensor, Tensor]:
-        """Second half: gradients in front of A [X, n, h] and of B [X, n, K], times theta.
+        """Second half: gradients in front of A [X, n, h] and of B [X, n, K], times -theta.
 
         The bound of theta is not differentiated: the outer loss moves the gates, not the guard.
         """
         with torch.no_grad():
             bound = self._bound(weights[1], plan, errors)
-        gradient = errors.error * (self.gamma * (plan.gate * bound)[..., None])
+        gradient = errors.error * (self.gamma * (plan.gate * -bound)[..., None])
         gradient = torch.ops.aten.native_layer_norm_backward(
             gradient,
             errors.before,
@@ -322,10 +326,10 @@ class MLPMemory(NamedTuple):
     ) -> Tensor:
         """y_t = M_t(q_t) for all tokens of the chunk: [X, C, K]."""
         z = _read_start(self.base, stacks, 0, q, plan)
-        z = torch.baddbmm(z, torch.bmm(q, k.mT) * plan.mix, steps[0], alpha=-1)
+        z = torch.baddbmm(z, torch.bmm(q, k.mT) * plan.mix, steps[0])
         x = F.silu(z)
         u = _read_start(self.base, stacks, 1, x, plan)
-        u = torch.baddbmm(u, torch.bmm(x, errors.hidden.mT) * plan.mix, steps[1], alpha=-1)
+        u = torch.baddbmm(u, torch.bmm(x, errors.hidden.mT) * plan.mix, steps[1])
         return self._residual(q, u)
 
     def write(

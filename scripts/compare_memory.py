@@ -135,14 +135,19 @@ def our_memory(num_heads: int, head_dim: int, chunk: int) -> NeuralMemory:
     return NeuralMemory(config, num_heads * head_dim, num_heads, head_dim, chunk)
 
 
-def our_step(memory: NeuralMemory) -> Step:
-    """Read a segment [1, T, D]; carried are the state and the position."""
+def our_step(memory: NeuralMemory, recompute: bool = False) -> Step:
+    """Read a segment [1, T, D]; carried are the state and the position.
+
+    Args:
+        recompute: do the work of each chunk again in a backward pass instead of keeping it.
+    """
 
     def step(x: Tensor, carried: Any) -> tuple[Tensor, Any]:
         state, position = carried or (memory.init_state(1), torch.zeros(1, dtype=torch.int64))
         lengths = torch.tensor([x.shape[1]])
         grid = make_grid(position, lengths, memory.chunk, x.shape[1])
-        y, state, _ = memory(x, state, grid, torch.ones(x.shape[:2], dtype=torch.bool))
+        live = torch.ones(x.shape[:2], dtype=torch.bool)
+        y, state, _ = memory(x, state, grid, live, recompute)
         return y, (state, position + lengths)
 
     return step

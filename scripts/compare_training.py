@@ -4,7 +4,8 @@
     python scripts/compare_training.py
 
 A step is a forward and a backward pass. The layers (see compare_memory.py for what is the same in
-both) read 2,048 tokens in float32, in chunks of 64 after which the weights change; models are those
+both) read 2,048 tokens in float32, in chunks of 64 after which the weights change, ours also with
+the work of each chunk done again in the backward pass instead of kept (`recompute`); models are those
 of a recipe, with a full store and their optimiser. All that is compared takes turns in one process;
 peak memory is measured in a process of its own for each layer, above what it has before its first
 step.
@@ -32,6 +33,7 @@ from torch import nn
 
 from wakesleep.streams.allocator import allocator, restart_with_tuned_malloc
 from wakesleep.streams.config import as_dict, load_config
+from wakesleep.streams.meters import peak_rss_bytes
 from wakesleep.streams.optimizers import make_optimizer
 from wakesleep.streams.quantities import size
 from wakesleep.streams.train_command import find_recipe
@@ -40,7 +42,7 @@ from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_text import TextLanes
 
 CHUNK = 64
-LAYERS = ("ours", "titans-pytorch")
+LAYERS = ("ours", "ours, recompute", "titans-pytorch")
 PARTS = {  # of a model: what is taken out
     "full": {},
     "no store": {"store_layers": ()},
@@ -61,11 +63,9 @@ class Timed(NamedTuple):
 
 def layer_step(name: str, shape: tuple[int, int], tokens: int) -> Callable[[], None]:
     """A training step of a memory layer."""
-    ours = name == "ours"
+    ours = name in LAYERS[:2]
     layer = our_memory(*shape, CHUNK) if ours else Theirs(*shape, CHUNK, CHUNK)
-    if ours:
-        check_ours(layer, seed=1)
-    forward: nn.Module | Callable = our_step(layer) if ours else layer
+    forward: nn.Module | Callable = our_step(layer, name == LAYERS[1]) if ours else layer
     x = torch.randn(1, tokens, math.prod(shape), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
@@ -115,16 +115,13 @@ def peak_bytes(name: str, shape: tuple[int, int], tokens: int, threads: int) -> 
 
 def print_peak(name: str, heads: int, width: int, tokens: int, threads: int) -> None:
     """What `peak_bytes` reads."""
-    import resource
-
     torch.set_num_threads(threads)
     layer_step(name, (heads, width), CHUNK)()  # what is loaded at the first step
     step = layer_step(name, (heads, width), tokens)
     before = _resident()
     for _ in range(3):
         step()
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before)
+    print(peak_rss_bytes() - before)
 
 
 def _resident() -> int:
@@ -146,17 +143,17 @@ def recipes(recipe: str, threads: int) -> dict[str, TrainConfig]:
 
 def compare_layers(args: argparse.Namespace) -> None:
     """A table of the memory layers."""
-    print("| heads | layer | seconds a step | ours / it | peak memory | ours / it |")
+    print("| heads | layer | seconds a step | titans-pytorch / it | peak memory | of titans-pytorch |")
     print("|---|---|--:|--:|--:|--:|")
     for shape in SHAPES:
+        check_ours(our_memory(*shape, CHUNK), seed=1)
         steps = {name: layer_step(name, shape, args.tokens) for name in LAYERS}
         timed = in_turn(steps, args.warmup, args.repeats)
         peaks = [peak_bytes(name, shape, args.tokens, args.threads) for name in LAYERS]
         for row, peak in zip(timed, peaks, strict=True):
-            speed = "" if row is timed[0] else f"{row.median / timed[0].median:.2f} x as fast"
-            memory = "" if row is timed[0] else f"{peaks[0] / peak:.2f} of it"
-            cells = [f"{shape[0]} x {shape[1]}", row.name, f"{row.median:.3f}", speed]
-            print(f"| {' | '.join([*cells, size(peak), memory])} |", flush=True)
+            speed, share = timed[-1].median / row.median, peak / peaks[-1]
+            cells = [f"{shape[0]} x {shape[1]}", row.name, f"{row.median:.3f}", f"{speed:.2f}"]
+            print(f"| {' | '.join([*cells, size(peak), f'{share:.2f}'])} |", flush=True)
 
 
 def compare_models(args: argparse.Namespace) -> None:
