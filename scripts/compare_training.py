@@ -4,8 +4,8 @@
     python scripts/compare_training.py
 
 A step is a forward and a backward pass. The layers (see compare_memory.py for what is the same in
-both) read 2,048 tokens in float32, in chunks of 64 after which the weights change, ours also with
-the work of each chunk done again in the backward pass instead of kept (`recompute`); models are those
+both) read 2,048 tokens in float32, in chunks of 64 after which the weights change; ours also with the
+work of each chunk done again in the backward pass instead of kept (`recompute`). Models are those
 of a recipe, with a full store and their optimiser. All that is compared takes turns in one process;
 peak memory is measured in a process of its own for each layer, above what it has before its first
 step.
@@ -143,7 +143,7 @@ def recipes(recipe: str, threads: int) -> dict[str, TrainConfig]:
 
 def compare_layers(args: argparse.Namespace) -> None:
     """A table of the memory layers."""
-    print("| heads | layer | seconds a step | titans-pytorch / it | peak memory | of titans-pytorch |")
+    print("| heads | layer | seconds a step | times as fast | peak memory | of titans-pytorch |")
     print("|---|---|--:|--:|--:|--:|")
     for shape in SHAPES:
         check_ours(our_memory(*shape, CHUNK), seed=1)
