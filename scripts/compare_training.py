@@ -4,11 +4,11 @@
     python scripts/compare_training.py
 
 A step is a forward and a backward pass. The layers (see compare_memory.py for what is the same in
-both) read 2,048 tokens in float32, in chunks of 64 after which the weights change; ours also with the
-work of each chunk done again in the backward pass instead of kept (`recompute`). Models are those
-of a recipe, with a full store and their optimiser. All that is compared takes turns in one process;
-peak memory is measured in a process of its own for each layer, above what it has before its first
-step.
+both) read 2,048 tokens in float32, in chunks of 64 after which the weights change; ours also with
+the work of each chunk done again in the backward pass instead of kept (`recompute`). Models are
+those of a recipe, with a full store and their optimiser. All that is compared takes turns in one
+process; peak memory is measured in a process of its own for each layer, above what it has before
+its first step.
 """
 
 from __future__ import annotations
