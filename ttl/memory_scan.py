@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from wakesleep.kernels.delta_rule import DeltaMemory
 from wakesleep.kernels.memory_chunk import (
@@ -27,7 +28,7 @@ from wakesleep.kernels.memory_chunk import (
     read_rows,
     take_rows,
 )
-from wakesleep.ttl.recompute import recomputed
+from wakesleep.ttl.recompute import recomputed_of_tensors
 
 HORIZON = 4096  # tokens over which the running mean of surprise forgets
 
@@ -74,13 +75,13 @@ def scan(
     """
     N = chunks.k.shape[0]
     plans = [None] * N if threshold > 0 else _apart(_plan_all(memory, chunks))
-    step = recomputed(_step) if recompute else _step
+    step = recomputed_of_tensors(_step) if recompute else _step
     steps = []
     for chunk, plan in zip(_apart(chunks), plans, strict=True):
-        steps.append(step(memory, stacks, chunk, plan, mean, threshold))
-        stacks, mean = steps[-1].stacks, steps[-1].mean
+        steps.append(step(_own(memory), stacks, chunk, plan, mean, threshold))
+        stacks, mean = steps[-1].stacks, steps[-1].mean.detach()
     y = None if chunks.q is None else torch.stack([step.y for step in steps])
-    surprise = torch.stack([step.surprise for step in steps])
+    surprise = torch.stack([step.surprise.detach() for step in steps])
     written = torch.stack([step.written for step in steps])
     return Scan(y, stacks, surprise, written, mean)
 
@@ -89,6 +90,16 @@ def _apart(parts: Part) -> list[Part]:
     """One tuple for each chunk. The gradient of each `part[n]` would be as large as all of them."""
     columns = [repeat(None) if part is None else part.unbind(0) for part in parts]
     return [type(parts)(*row) for row in zip(*columns, strict=False)]
+
+
+def _own(memory: Memory) -> Memory:
+    """Views for one chunk, so that its gradients are summed before those of all chunks are.
+
+    So they are when a chunk is recomputed, and a sum in another order would have other last bits.
+    """
+    if not torch.is_grad_enabled():
+        return memory
+    return tree_map_only(Tensor, lambda t: t.view_as(t), memory)
 
 
 def _plan_all(memory: Memory, chunks: Chunks) -> Plan:
