@@ -5,16 +5,17 @@
 
 A step is a forward and a backward pass. The layers (see compare_memory.py for what is the same in
 both) read 2,048 tokens in float32, in chunks of 64 after which the weights change; ours also with
-the work of each chunk done again in the backward pass instead of kept (`recompute`). Models are
-those of a recipe, with a full store and their optimiser. All that is compared takes turns in one
-process; peak memory is measured in a process of its own for each layer, above what it has before
-its first step.
+the work of each chunk done again in the backward pass instead of kept (`recompute`). They take
+turns, each time in a process of its own, whose peak memory is counted above what it has before its
+first step. Models are those of a recipe, with a full store and their optimiser; they take turns in
+one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import statistics
@@ -43,6 +44,7 @@ from wakesleep.streams.training_text import TextLanes
 
 CHUNK = 64
 LAYERS = ("ours", "ours, recompute", "titans-pytorch")
+ROUNDS = 3  # processes of each layer
 PARTS = {  # of a model: what is taken out
     "full": {},
     "no store": {"store_layers": ()},
@@ -97,31 +99,44 @@ def in_turn(steps: dict[str, Callable[[], None]], warmup: int, repeats: int) -> 
     """Let everyone take a step in turn, `repeats` times after `warmup` rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warmup + repeats):
-        print(f"\rround {turn + 1} of {warmup + repeats} ", end="", file=sys.stderr, flush=True)
+        _tell(turn, warmup + repeats)
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-    print("\r", end="", file=sys.stderr)
     return [Timed(*row) for row in seconds.items()]
 
 
-def peak_bytes(name: str, shape: tuple[int, int], tokens: int, threads: int) -> int:
-    """Peak memory of three training steps of a layer, in a process of its own."""
-    words = [sys.executable, __file__, "--peak", name, *map(str, (*shape, tokens, threads))]
-    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+def _tell(turn: int, turns: int) -> None:
+    end = "" if turn + 1 < turns else "\r"
+    print(f"\rround {turn + 1} of {turns} ", end=end, file=sys.stderr, flush=True)
 
 
-def print_peak(name: str, heads: int, width: int, tokens: int, threads: int) -> None:
-    """What `peak_bytes` reads."""
+def measure_layer(name: str, shape: tuple[int, int], *numbers: int) -> tuple[list[float], int]:
+    """Seconds and peak memory of training steps, in a process of their own.
+
+    Args:
+        numbers: tokens, threads, steps before those that count, steps that count.
+    """
+    words = [sys.executable, __file__, "--layer", name, *map(str, (*shape, *numbers))]
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    return tuple(json.loads(done.stdout))
+
+
+def print_layer(
+    name: str, heads: int, width: int, tokens: int, threads: int, warmup: int, repeats: int
+) -> None:
+    """What `measure_layer` reads."""
     torch.set_num_threads(threads)
     layer_step(name, (heads, width), CHUNK)()  # what is loaded at the first step
     step = layer_step(name, (heads, width), tokens)
-    before = _resident()
-    for _ in range(3):
+    before, seconds = _resident(), []
+    for _ in range(warmup + repeats):
+        start = time.perf_counter()
         step()
-    print(peak_rss_bytes() - before)
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps([seconds[warmup:], peak_rss_bytes() - before]))
 
 
 def _resident() -> int:
@@ -145,15 +160,20 @@ def compare_layers(args: argparse.Namespace) -> None:
     """A table of the memory layers."""
     print("| heads | layer | seconds a step | times as fast | peak memory | of titans-pytorch |")
     print("|---|---|--:|--:|--:|--:|")
+    numbers = args.tokens, args.threads, args.warmup, args.repeats
     for shape in SHAPES:
         check_ours(our_memory(*shape, CHUNK), seed=1)
-        steps = {name: layer_step(name, shape, args.tokens) for name in LAYERS}
-        timed = in_turn(steps, args.warmup, args.repeats)
-        peaks = [peak_bytes(name, shape, args.tokens, args.threads) for name in LAYERS]
-        for row, peak in zip(timed, peaks, strict=True):
-            speed, share = timed[-1].median / row.median, peak / peaks[-1]
-            cells = [f"{shape[0]} x {shape[1]}", row.name, f"{row.median:.3f}", f"{speed:.2f}"]
-            print(f"| {' | '.join([*cells, size(peak), f'{share:.2f}'])} |", flush=True)
+        seconds, peaks = {name: [] for name in LAYERS}, {}
+        for turn in range(ROUNDS):
+            _tell(turn, ROUNDS)
+            for name in LAYERS:
+                taken, peaks[name] = measure_layer(name, shape, *numbers)
+                seconds[name] += taken
+        theirs, most = statistics.median(seconds[LAYERS[-1]]), peaks[LAYERS[-1]]
+        for name in LAYERS:
+            median, peak = statistics.median(seconds[name]), peaks[name]
+            cells = [f"{shape[0]} x {shape[1]}", name, f"{median:.3f}", f"{theirs / median:.2f}"]
+            print(f"| {' | '.join([*cells, size(peak), f'{peak / most:.2f}'])} |", flush=True)
 
 
 def compare_models(args: argparse.Namespace) -> None:
@@ -176,13 +196,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="configs/default.yaml", help="whose model is timed")
     parser.add_argument("--tokens", type=int, default=2048, help="of a layer's step")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that do not count")
+    parser.add_argument("--repeats", type=int, default=7, help="steps that count")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--layer", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        print_peak(args.peak[0], *map(int, args.peak[1:]))
+    if args.layer:
+        print_layer(args.layer[0], *map(int, args.layer[1:]))
         return 0
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
