@@ -15,9 +15,9 @@ from typing import NamedTuple
 from wakesleep.consolidation.budget import Cost
 from wakesleep.consolidation.gate import NOISE_CUES
 from wakesleep.consolidation.gate import STEPS as STEPS_TRIED
-from wakesleep.consolidation.replay import REHEARSED
+from wakesleep.consolidation.replay import NOISE_KEYS
 from wakesleep.kernels.rehearsed_write import STEPS
-from wakesleep.ttl.fast import PROBES, is_linear
+from wakesleep.ttl.fast import OLD_KEYS, PROBES, is_linear
 from wakesleep.ttl.state import BlockState
 
 
@@ -34,6 +34,11 @@ class Sizes(NamedTuple):
     def adds(self) -> int:
         """Multiply-adds of one answer."""
         return self.head_dim * (2 * self.hidden or self.head_dim)
+
+    @property
+    def old_keys(self) -> int:
+        """That an MLP rehearses."""
+        return OLD_KEYS * self.head_dim if self.hidden else 0
 
     @property
     def unit_pairs(self) -> int:
@@ -53,7 +58,7 @@ def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
     X, S, K, *_ = sizes
     n = min(num_pairs, S)
     looked_at = min(2 * num_pairs, S)
-    adds = S * sizes.adds + looked_at * S * K + n * PROBES * K
+    adds = S * sizes.adds + looked_at * S * K + n * (PROBES + sizes.old_keys) * K
     return Cost(2 * X * adds, _store(sizes) + _weights(sizes) + _probes(sizes))
 
 
@@ -61,13 +66,12 @@ def write_cost(sizes: Sizes, num_pairs: int) -> Cost:
     """Of the write of a unit: the protected one of a matrix in float64, the steps of an MLP."""
     X, S, K, _, M = sizes
     n = min(num_pairs, S)
-    factor = -(-(K**3) // 3)
     if M:
-        R = REHEARSED * K
-        adds = R * K * K + n * K * K + R * sizes.adds + STEPS * 5 * (n + R) * K * M
+        R = sizes.old_keys + NOISE_KEYS * K
+        adds = R * sizes.adds + STEPS * 5 * (n + R) * K * M
         rows = X * (n + R) * 2 * K * 4
-        return Cost(X * (2 * adds + factor), STEPS * (4 * _weights(sizes) + rows))
-    linalg = factor + 2 * K**3
+        return Cost(2 * X * adds, STEPS * (4 * _weights(sizes) + rows))
+    linalg = -(-(K**3) // 3) + 2 * K**3
     return Cost(X * (2 * 4 * n * K * K + linalg), 2 * (2 * _weights(sizes) + X * 2 * n * K * 4))
 
 
@@ -85,14 +89,13 @@ def release_cost(sizes: Sizes, num_marked: int) -> Cost:
 
 
 def gate_cost(sizes: Sizes, num_pairs: int) -> Cost:
-    """Of judging a unit: old and new pairs, noise, and dropping probes that are no longer true."""
+    """Of judging a unit: old and new pairs, noise, and dropping what is no longer true."""
     X, S, K, *_ = sizes
     n = min(num_pairs, S)
     asked = 1 + (len(STEPS_TRIED) if sizes.hidden else 2)  # times each row; a matrix is linear
     rows = asked * (PROBES // 2 + NOISE_CUES) + (asked + 1) * n
-    return Cost(
-        2 * X * (rows * sizes.adds + PROBES * n * K), 2 * _weights(sizes) + 2 * _probes(sizes)
-    )
+    adds = rows * sizes.adds + (PROBES + sizes.old_keys) * n * K
+    return Cost(2 * X * adds, 2 * _weights(sizes) + 2 * _probes(sizes))
 
 
 def audit_cost(sizes: Sizes) -> Cost:
@@ -111,8 +114,10 @@ def _store(sizes: Sizes) -> int:
 
 
 def _weights(sizes: Sizes) -> int:
-    return sizes.heads * (sizes.head_dim**2 + sizes.adds) * 4
+    covariance = 0 if sizes.hidden else sizes.head_dim**2
+    return sizes.heads * (covariance + sizes.adds) * 4
 
 
 def _probes(sizes: Sizes) -> int:
-    return sizes.heads * PROBES * (2 * sizes.head_dim * sizes.itemsize + 8)
+    pairs = PROBES * (2 * sizes.head_dim * sizes.itemsize + 8)
+    return sizes.heads * (pairs + sizes.old_keys * (sizes.head_dim * sizes.itemsize + 8))

@@ -13,15 +13,17 @@ Shapes: B lanes, H heads, n pairs of a unit, P probes, N cues of noise, A steps,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from wakesleep.consolidation.replay import SAME_KEY, Pairs, readable, take
 from wakesleep.ttl.fast import PROBES, answer, is_linear
-from wakesleep.ttl.state import FastState, ProbeState, StoreState
+from wakesleep.ttl.state import FastState, KeyState, ProbeState, StoreState
 from wakesleep.ttl.store import hash_uniform
+
+Sample = TypeVar("Sample", ProbeState, KeyState)
 
 STEPS = (1.0, 0.5, 0.25, 0.125)
 NEW_KNOWN = 0.5  # share of the written pairs that must be known after the write
@@ -140,45 +142,59 @@ def advance(fast: FastState, full: FastState, step: Tensor) -> FastState:
     return fast._replace(**parts)
 
 
-def without_superseded(probes: ProbeState, pairs: Pairs) -> ProbeState:
-    """The probes that are still true once `pairs` are: a key that gets another value is none."""
-    same = (probes.k.float() @ pairs.k.mT >= SAME_KEY) & pairs.replaces[..., None, :]
-    return _keep(probes, ~same.any(-1))
+def without_superseded(fast: FastState, pairs: Pairs) -> FastState:
+    """Probes and old keys that are true once `pairs` are: a key that gets another value is none."""
+
+    def rest(sample: Sample) -> Sample:
+        same = (sample.k.float() @ pairs.k.mT >= SAME_KEY) & pairs.replaces[..., None, :]
+        return _keep(sample, ~same.any(-1))
+
+    return fast._replace(probes=rest(fast.probes), old=rest(fast.old) if fast.old else None)
 
 
-def set_aside(probes: ProbeState, pairs: Pairs, position: Tensor, known: Tensor, lane: Tensor):
-    """Offer pairs to the probes: a fair sample of everything that was ever consolidated.
+def set_aside(
+    fast: FastState, pairs: Pairs, position: Tensor, known: Tensor, lane: Tensor
+) -> FastState:
+    """Offer pairs to both halves of the probes, and their keys to the old keys.
 
-    A hash of lane and position says which half a pair belongs to and how it ranks there, so the
-    sample does not depend on when which pair was offered.
+    All three are fair samples of everything that was ever consolidated: a hash of lane and position
+    says which half a pair belongs to and how it ranks, so a sample does not depend on when which
+    pair was offered. Old keys rank by another hash. So a probe's key is rehearsed exactly as often
+    as that of any other pair, and probes tell what happens to all.
 
     Args:
         position: [B, H, n] of the pairs; known: [B, H, n] bool, those that are offered.
         lane: [B] int64.
-
-    Returns:
-        The next ProbeState.
     """
-    offered = ProbeState(
-        pairs.k.to(probes.k.dtype), pairs.v.to(probes.v.dtype), torch.where(known, position, -1)
-    )
+    k, v = pairs.k.to(fast.probes.k.dtype), pairs.v.to(fast.probes.v.dtype)
+    first = hash_uniform(position, lane[:, None, None], seed=2) < 0.5
     halves = []
-    for half in (0, 1):
-        at = slice(half * PROBES // 2, (half + 1) * PROBES // 2)
-        held = ProbeState(*(t[:, :, at] for t in probes))
-        both = ProbeState(*(torch.cat(pair, 2) for pair in zip(held, offered, strict=True)))
-        rank = hash_uniform(both.position, lane[:, None, None], seed=1)
-        mine = hash_uniform(both.position, lane[:, None, None], seed=2) < 0.5
-        rank = torch.where((both.position >= 0) & (mine == (half == 0)), rank, -1.0)
-        best = rank.argsort(dim=-1, descending=True, stable=True)[..., : PROBES // 2]
-        chosen = ProbeState(*(take(t, best) for t in both))
-        halves.append(_keep(chosen, rank.gather(-1, best) >= 0))
-    return ProbeState(*(torch.cat(pair, 2) for pair in zip(*halves, strict=True)))
+    for half, mine in enumerate((first, ~first)):
+        held = ProbeState(*(t.chunk(2, 2)[half] for t in fast.probes))
+        offered = ProbeState(k, v, torch.where(known & mine, position, -1))
+        halves.append(_sample(held, offered, lane, seed=1))
+    probes = ProbeState(*(torch.cat(pair, 2) for pair in zip(*halves, strict=True)))
+    old = fast.old
+    if old:
+        old = _sample(old, KeyState(k, torch.where(known, position, -1)), lane, seed=3)
+    return fast._replace(probes=probes, old=old)
 
 
-def _keep(probes: ProbeState, kept: Tensor) -> ProbeState:
-    k, v = (torch.where(kept[..., None], t, 0.0) for t in (probes.k, probes.v))
-    return ProbeState(k, v, torch.where(kept, probes.position, -1))
+def _sample(held: Sample, offered: Sample, lane: Tensor, seed: int) -> Sample:
+    """As many as `held` has rows, the highest of both by a hash of lane and position."""
+    rows = held.position.shape[-1]
+    both = type(held)(*(torch.cat(pair, 2) for pair in zip(held, offered, strict=True)))
+    rank = hash_uniform(both.position, lane[:, None, None], seed)
+    rank = torch.where(both.position >= 0, rank, -1.0)
+    best = rank.argsort(dim=-1, descending=True, stable=True)[..., :rows]
+    return _keep(type(held)(*(take(t, best) for t in both)), rank.gather(-1, best) >= 0)
+
+
+def _keep(sample: Sample, kept: Tensor) -> Sample:
+    """The rows [B, H, P] that are kept, emptiness elsewhere."""
+    *rows, position = sample  # position is the last field of both kinds
+    rows = [torch.where(kept[..., None], t, 0.0) for t in rows]
+    return type(sample)(*rows, torch.where(kept, position, -1))
 
 
 def _answers(fast: FastState, full: FastState, k: Tensor) -> Tensor:

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from wakesleep.kernels.protected_write import protected_write
 from wakesleep.kernels.rehearsed_write import rehearsed_write
-from wakesleep.ttl.fast import answer, is_linear, unit_key
+from wakesleep.ttl.fast import answer, unit_key
 from wakesleep.ttl.state import FastState, StoreState
 
 SAME_KEY = 0.98  # cosine of two keys from which on they are one
 INSTEAD = 20.0  # weight of a pair against another value of its key that is there
-REHEARSED = 8  # keys that an MLP rehearses, in widths of a head
+NOISE_KEYS = 2  # keys of no meaning that an MLP rehearses, in widths of a head
 CUE_NOISE = 0.2  # length of what disturbs a cue of length 1
 
 
@@ -37,7 +37,7 @@ class Pairs(NamedTuple):
     chosen: Tensor  # [B, H, n] bool; k and v of the other rows are zeros
     k: Tensor  # [B, H, n, K] float32, of length 1
     v: Tensor  # [B, H, n, K] float32
-    replaces: Tensor  # [B, H, n] bool: a probe says that its key had another value
+    replaces: Tensor  # [B, H, n] bool: a probe or an old key says that it had another value
 
 
 def choose(store: StoreState, fast: FastState, num_pairs: int, tolerance: float) -> Pairs:
@@ -63,27 +63,31 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, tolerance: float)
     first = (~fresh).to(torch.uint8).argsort(dim=-1, stable=True)[..., :num_pairs]
     place, chosen = order.gather(-1, first), fresh.gather(-1, first)
     k, v = (torch.where(chosen[..., None], take(t, place), 0.0) for t in (k, v))
-    again = (k @ fast.probes.k.float().mT >= SAME_KEY).any(-1)
+    written = [fast.probes.k, *([fast.old.k] if fast.old else [])]
+    again = (k @ torch.cat(written, 2).float().mT >= SAME_KEY).any(-1)
     return Pairs(place, chosen, k, v, chosen & again)
 
 
 def change(
     fast: FastState, pairs: Pairs, lam: float, generator: torch.Generator | None = None
 ) -> FastState:
-    """The fast weights with the pairs in them, at full step; marks and probes stay.
+    """The fast weights with the pairs in them, at full step; marks, probes and old keys stay.
+
+    An MLP rehearses its old keys, and others that mean nothing, or it would answer these ever more
+    loudly.
 
     Args:
         lam: ridge of a matrix.
-        generator: of the keys that an MLP rehearses; on the CPU.
+        generator: of the keys that mean nothing; on the CPU.
     """
     weight = 1.0 + (INSTEAD - 1) * pairs.replaces
+    if fast.old:
+        B, H, _, K = fast.old.k.shape
+        noise = unit_key(torch.randn(NOISE_KEYS * K, K, generator=generator)).to(fast.s)
+        old = torch.cat([fast.old.k.to(fast.s.dtype), noise.expand(B, H, -1, -1)], 2)
+        return fast._replace(s=rehearsed_write(fast.s, pairs.k, pairs.v, weight, old))
     given = (fast.s, fast.covariance, pairs.k, pairs.v)
-    if is_linear(fast.s):
-        s, covariance = protected_write(*given, lam, weight)
-    else:
-        K = fast.s.shape[-2]
-        noise = torch.randn(REHEARSED * K, K, generator=generator).to(fast.s)
-        s, covariance = rehearsed_write(*given, weight, noise)
+    s, covariance = protected_write(*given, lam, weight)
     return fast._replace(s=s, covariance=covariance)
 
 

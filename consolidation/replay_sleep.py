@@ -129,7 +129,7 @@ class ReplayNight(Night):
         self.spend("sleep", write_cost(sizes, num_pairs))
         self.spend("gate", gate_cost(sizes, num_pairs))
         lam = self.model.config.fast.lam
-        fast = block.fast._replace(probes=without_superseded(block.fast.probes, pairs))
+        fast = without_superseded(block.fast, pairs)
         full = change(fast, pairs, lam, self.generator)
         noise = torch.randn(NOISE_CUES, sizes.head_dim, generator=self.generator)
         cues = unit_key(noise.to(fast.s.device))
@@ -138,8 +138,8 @@ class ReplayNight(Night):
         new = advance(fast, full, verdict.step)
         known = known_after(new, pairs, tolerance) & passed[..., None]
         position = take(block.store.position, pairs.place)
-        new = new._replace(probes=set_aside(new.probes, pairs, position, known, self.state.lane))
-        # heads that did not pass keep their probes as well, superseded or not
+        new = set_aside(new, pairs, position, known, self.state.lane)
+        # heads that did not pass keep their probes and old keys as well, superseded or not
         new = _by_head(passed, mark(block.store, new, tolerance), block.fast)
         self._put(layer, block._replace(fast=new))
         tried = pairs.chosen.any(-1)
@@ -187,5 +187,5 @@ def _by_head(heads: Tensor, new: FastState, old: FastState) -> FastState:
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(heads.view(*heads.shape, *[1] * (a.dim() - 2)), a, b)
 
-    parts = ("s", "covariance", "asleep", "probes")
+    parts = ("s", "covariance", "asleep", "probes", "old")
     return old._replace(**{n: map_state(pick, getattr(new, n), getattr(old, n)) for n in parts})

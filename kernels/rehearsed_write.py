@@ -1,15 +1,15 @@
 """Write pairs into a small MLP per head by gradient steps, and rehearse what it knew with them.
 
 A linear memory of width K holds hardly more than K pairs, an MLP several times as many, but no
-closed form keeps the old ones. So old answers are written again beside the new pairs: for keys that
-are drawn at random with the covariance of all keys that were ever written, the answers that the
-memory gives before the write (pseudo-rehearsal: Robins, Connection Science 1995). No old pair has
-to be kept for it.
+closed form keeps the old ones. So old answers are written again beside the new pairs: for a sample
+of the keys that were written before, what the memory gives for them before the write (rehearsal
+without old values: Robins, Connection Science 1995). Keys made up in their place protect less:
+those of a real stream crowd together.
 
 The memory is f(k) = silu(k A) B, packed into one tensor s [.., K, 2 M] = [A, B^T]. It begins with
 A at random and B zero: then all answers are zero.
 
-Shapes: B lanes, H heads, n pairs, R keys that are rehearsed, K head width, M hidden width.
+Shapes: B lanes, H heads, n pairs, R old keys, K head width, M hidden width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ STEPS = 64  # of Adam per write
 RATE = 0.01  # its step size at first, for B in parts of the values' RMS; it falls to 0
 LAST = 0.3  # share of the steps in which it falls
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
-RIDGE = 1e-4  # added to the covariance before it is factored
 
 
 def mlp_answer(s: Tensor, k: Tensor) -> Tensor:
@@ -39,33 +38,28 @@ def first_weights(num_heads: int, head_dim: int, hidden: int) -> Tensor:
 
 
 def rehearsed_write(
-    s: Tensor,
-    covariance: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    noise: Tensor,
-    steps: int = STEPS,
-) -> tuple[Tensor, Tensor]:
-    """The memory after the pairs were written, and the covariance of all keys, theirs included.
+    s: Tensor, k: Tensor, v: Tensor, weight: Tensor, old: Tensor, steps: int = STEPS
+) -> Tensor:
+    """The memory after the pairs were written.
 
     The loss is half the squared error, summed over pairs and rehearsed keys.
 
     Args:
-        s: [B, H, K, 2 M]; covariance: [B, H, K, K] sum of k k^T so far.
+        s: [B, H, K, 2 M].
         k, v: [B, H, n, K], keys of length 1, rows without a pair zero.
         weight: [B, H, n] of the pairs' errors.
-        noise: [R, K] standard normal numbers, from which the old keys are drawn.
+        old: [B, H, R, K] keys of length 1 that are rehearsed, rows without one zero.
     """
-    old = rehearsed_keys(covariance, noise)
     keys = torch.cat([k, old], 2)
     values = torch.cat([v, mlp_answer(s, old)], 2)
     weights = torch.cat([weight, torch.ones_like(old[..., 0])], 2)
     there = k.square().sum(-1) > 0
-    count = there.sum(-1, keepdim=True)[..., None].clamp(min=1)
-    power = v.square().mean(-1, keepdim=True).sum(2, keepdim=True) / count  # [B, H, 1, 1]
+    count = there.sum(-1, keepdim=True)[..., None]  # [B, H, 1, 1]
+    power = v.square().mean(-1, keepdim=True).sum(2, keepdim=True) / count.clamp(min=1)
     half = s.shape[-1] // 2
-    rate = torch.cat([torch.ones_like(s[..., :half]), power.sqrt().expand_as(s[..., half:])], -1)
+    # A head without pairs stays: Adam would walk about on the rounding of errors that are zero.
+    first = (count > 0).to(s.dtype).expand_as(s[..., :half])
+    rate = torch.cat([first, power.sqrt().expand_as(s[..., half:])], -1)
     mean, square = torch.zeros_like(s), torch.zeros_like(s)
     for step in range(1, steps + 1):
         slope = mlp_slope(s, keys, values, weights)
@@ -74,7 +68,7 @@ def rehearsed_write(
         size = RATE * min(1.0, (steps - step + 1) / (LAST * steps))
         move = (mean / (1 - BETA1**step)) / ((square / (1 - BETA2**step)).sqrt() + EPS)
         s = s - size * rate * move
-    return s, covariance + k.mT @ k
+    return s
 
 
 def mlp_slope(s: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
@@ -86,15 +80,3 @@ def mlp_slope(s: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
     error = (hidden @ b.mT - v) * weight[..., None]
     inner = (error @ b) * (gate * (1 + x * (1 - gate)))
     return torch.cat([k.mT @ inner, error.mT @ hidden], -1)
-
-
-def rehearsed_keys(covariance: Tensor, noise: Tensor) -> Tensor:
-    """Keys [B, H, R, K] of length 1, drawn as the keys were that the covariance sums up.
-
-    All zero for a head that was never written.
-    """
-    ridge = RIDGE * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=noise.device)
-    factor = torch.linalg.cholesky(covariance + ridge)
-    written = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
-    keys = F.normalize(noise.to(covariance.dtype) @ factor.mT, dim=-1)
-    return keys * written[..., None, None]

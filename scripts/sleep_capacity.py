@@ -56,8 +56,7 @@ def replayed(
         new = advance(fast, full, step)
         known = known_after(new, pairs, tolerance) & (step > 0)[..., None]
         position = take(store.position, pairs.place)
-        new = new._replace(probes=set_aside(new.probes, pairs, position, known, lane))
-        fast = mark(store, new, tolerance)
+        fast = mark(store, set_aside(new, pairs, position, known, lane), tolerance)
     return fast.s
 
 
@@ -67,8 +66,8 @@ def at_once(store: StoreState, expansion: int) -> Tensor:
         return joint_ridge(store.k, store.v, LAM)
     width = store.k.shape[-1]
     fast = no_fast_weights(store.k, LANES, HEADS, width, hidden=expansion * width)
-    weight, noise = torch.ones(store.k.shape[:-1]), torch.zeros(1, width)
-    return rehearsed_write(fast.s, fast.covariance, store.k, store.v, weight, noise, 300)[0]
+    weight = torch.ones(store.k.shape[:-1])
+    return rehearsed_write(fast.s, store.k, store.v, weight, fast.old.k, 300)
 
 
 def recall(s: Tensor, store: StoreState) -> float:

@@ -75,8 +75,7 @@ def at_once(k: Tensor, v: Tensor, model: TTLModel) -> Tensor:
         return joint_ridge(k, v, config.lam)
     B, H, _, K = k.shape
     fast = no_fast_weights(k, B, H, K, hidden=config.expansion * K)
-    given = (fast.s, fast.covariance, k, v, torch.ones(k.shape[:-1]), torch.zeros(1, K))
-    return rehearsed_write(*given, steps=300)[0]
+    return rehearsed_write(fast.s, k, v, torch.ones(k.shape[:-1]), fast.old.k, steps=300)
 
 
 def carry_out(model, state: StreamState, layer: int, place: Tensor, items: int, tolerance: float):

@@ -29,9 +29,10 @@ from wakesleep.kernels.delta_rule import DeltaMemory
 from wakesleep.kernels.rehearsed_write import first_weights, mlp_answer
 from wakesleep.ttl.grid import Grid, carry, from_chunks, gather, scatter, to_chunks
 from wakesleep.ttl.memory_scan import Chunks, scan
-from wakesleep.ttl.state import FastState, ProbeState
+from wakesleep.ttl.state import FastState, KeyState, ProbeState
 
 PROBES = 256  # per head: half of them for the gate, half for an audit that it never sees
+OLD_KEYS = 8  # of an MLP that are kept to be rehearsed, in widths of a head
 FLOOR_INIT = 0.1  # RMS of an answer that counts half
 GATE_INIT = 0.5  # of fast weights that are written awake; else 0, a model without them, at first
 KEEP_INIT, STEP_INIT = 0.995, 0.5  # of the write gates at the start
@@ -182,15 +183,18 @@ def no_fast_weights(
     """
     heads = (batch, num_heads)
     wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
-    matrix = torch.zeros(*heads, head_dim, head_dim, **wide)
-    s = matrix
-    if hidden:
-        s = first_weights(num_heads, head_dim, hidden).to(**wide).expand(batch, -1, -1, -1).clone()
+    s = torch.zeros(*heads, head_dim, head_dim, **wide)
     places = torch.full((*heads, capacity), -1, device=like.device)
+    covariance, old = s.clone(), None
+    if hidden:
+        covariance = covariance[:, :, :0].clone()
+        keys = like.new_zeros(*heads, OLD_KEYS * head_dim, head_dim)
+        old = KeyState(keys, places.new_full(keys.shape[:-1], -1))
+        s = first_weights(num_heads, head_dim, hidden).to(**wide).expand(batch, -1, -1, -1).clone()
     k = like.new_zeros(*heads, PROBES, head_dim)
     probes = ProbeState(k, k.clone(), places.new_full((*heads, PROBES), -1))
     gates = torch.zeros(batch, chunk, num_heads, 2, **wide)
-    return FastState(s, matrix.clone(), gates, places, probes)
+    return FastState(s, covariance, gates, places, probes, old)
 
 
 def follow(asleep: Tensor, position: Tensor) -> Tensor:

@@ -65,14 +65,22 @@ class ProbeState(NamedTuple):
     position: Tensor  # [B, H or 0, P] int64; -1 where empty
 
 
+class KeyState(NamedTuple):
+    """A sample of the keys written into an MLP: each write rehearses what it gives for them."""
+
+    k: Tensor  # [B, H, N, K] of length 1
+    position: Tensor  # [B, H, N] int64; -1 where empty
+
+
 class FastState(NamedTuple):
     """Fast weights that are read awake and written asleep; zero heads in a layer without them."""
 
     s: Tensor  # [B, H or 0, K, K or 2 M] float32, of a matrix, or of an MLP with M hidden
-    covariance: Tensor  # [B, H or 0, K, K] float32, sum of k k^T over the keys written asleep
+    covariance: Tensor  # [B, H or 0, K or 0, K] float32, sum of k k^T over the keys of a matrix
     gates: Tensor  # [B, C or 0, H or 0, 2] float32, keep and step in the open chunk, written awake
     asleep: Tensor  # [B, H or 0, S] int64 position of the written pair in each store place, or -1
     probes: ProbeState
+    old: KeyState | None  # of an MLP
 
 
 class BlockState(NamedTuple):

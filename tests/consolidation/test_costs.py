@@ -36,15 +36,14 @@ def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs, hidden):
     span = torch.zeros(B, H, places, SPAN, dtype=torch.int32)
     store = StoreState(*pair, number, number, number.argsort(-1), span, number[..., :3])
     fast = no_fast_weights(pair, B, H, head_dim, places, hidden=hidden)
-    solves = 0 if hidden else 2 * head_dim**3
-    linalg = B * H * (-(-(head_dim**3) // 3) + solves)
+    linalg = 0 if hidden else B * H * (-(-(head_dim**3) // 3) + 2 * head_dim**3)
 
     flops, pairs = count(choose, store, fast, num_pairs, 0.9)
     assert flops == choose_cost(sizes, num_pairs).flops
     flops, full = count(change, fast, pairs, 0.05)
     assert flops + linalg == write_cost(sizes, num_pairs).flops
     cues = unit_key(torch.randn(NOISE_CUES, head_dim))
-    flops = count(without_superseded, fast.probes, pairs)[0]
+    flops = count(without_superseded, fast, pairs)[0]
     flops += count(judge, fast, full, pairs, cues, 0.9)[0]
     flops += count(known_after, full, pairs, 0.9)[0]
     assert flops == gate_cost(sizes, num_pairs).flops

@@ -14,8 +14,8 @@ from wakesleep.consolidation.gate import (
     without_superseded,
 )
 from wakesleep.consolidation.replay import Pairs, change
-from wakesleep.ttl.fast import PROBES, no_fast_weights, unit_key
-from wakesleep.ttl.state import FastState, select
+from wakesleep.ttl.fast import OLD_KEYS, PROBES, no_fast_weights, unit_key
+from wakesleep.ttl.state import FastState, KeyState, select
 
 B, H, K, OLD, NEW = 25, 4, 128, 80, 16
 LAM, TOLERANCE = 0.05, 0.9
@@ -34,9 +34,9 @@ def begin(seed: int = 0) -> tuple[FastState, Pairs, Pairs, torch.Tensor, torch.G
     old, new = draw_pairs(OLD, generator), draw_pairs(NEW, generator)
     fast = change(no_fast_weights(old.k, B, H, K), old, LAM)
     position = torch.arange(OLD) + 1000 * torch.arange(B * H).view(B, H, 1)
-    probes = set_aside(fast.probes, old, position, old.chosen, torch.arange(B))
+    fast = set_aside(fast, old, position, old.chosen, torch.arange(B))
     cues = unit_key(torch.randn(NOISE_CUES, K, generator=generator))
-    return fast._replace(probes=probes), old, new, cues, generator
+    return fast, old, new, cues, generator
 
 
 def test_good_writes_pass_at_full_step():
@@ -143,41 +143,48 @@ def test_many_small_harms_are_not_more_than_one_large_one():
 
 
 def test_probes_are_a_fair_sample_of_everything_that_was_offered():
-    probes = no_fast_weights(torch.zeros(1), 1, 1, 4).probes
-    seen = []
+    fast, seen = no_fast_weights(torch.zeros(1), 1, 1, 4, hidden=8), []
     for turn in range(40):
         pairs = Pairs(*(torch.zeros(1, 1, 50, *shape) for shape in ((), (), (4,), (4,), ())))
         position = torch.arange(turn * 50, turn * 50 + 50).expand(1, 1, -1)
         known = torch.ones(1, 1, 50, dtype=torch.bool)
-        probes = set_aside(probes, pairs, position, known, torch.zeros(1, dtype=torch.int64))
-        seen.append(probes.position[0, 0])
+        fast = set_aside(fast, pairs, position, known, torch.zeros(1, dtype=torch.int64))
+        seen.append(fast.probes.position[0, 0])
     last = seen[-1]
     assert len(set(last.tolist())) == PROBES and (last >= 0).all()
     assert abs(last.double().mean() - 1000) < 120  # of 2,000, whenever they were offered
     for half in (last[: PROBES // 2], last[PROBES // 2 :]):
         assert abs(half.double().mean() - 1000) < 180
     assert (seen[0] >= 0).sum() == 50
+    old = fast.old.position[0, 0]
+    assert len(set(old.tolist())) == 4 * OLD_KEYS and (old >= 0).all()
+    both = sum(position in last.tolist() for position in old.tolist())
+    assert both < 0.4 * len(old)  # 0.13 are expected: a probe is rehearsed no more than others
 
 
 def test_probes_do_not_depend_on_how_the_offers_were_cut():
     fast, old, _, _, _ = begin()
     position = torch.arange(OLD) + 1000 * torch.arange(B * H).view(B, H, 1)
-    probes = no_fast_weights(old.k, B, H, K).probes
+    fresh = no_fast_weights(old.k, B, H, K)
     for at in range(0, OLD, 16):
         piece = Pairs(*(t[:, :, at : at + 16] for t in old))
         here = slice(at, at + 16)
         known = old.chosen[:, :, here]
-        probes = set_aside(probes, piece, position[:, :, here], known, torch.arange(B))
+        fresh = set_aside(fresh, piece, position[:, :, here], known, torch.arange(B))
+    probes = fresh.probes
     for a, b in zip(probes, fast.probes, strict=True):
         assert torch.equal(a.sum(2), b.sum(2)) or torch.allclose(a.sum(2), b.sum(2))
     assert torch.equal(probes.position.sort(-1).values, fast.probes.position.sort(-1).values)
 
 
-def test_a_probe_whose_key_gets_another_value_is_dropped():
+def test_a_probe_or_old_key_that_gets_another_value_is_dropped():
     fast, _, new, _, _ = begin()
     k = torch.cat([fast.probes.k[:, :, :1], new.k[:, :, 1:]], 2)
     replaces = torch.arange(NEW) == 0
     pairs = new._replace(k=k, replaces=replaces.expand(B, H, -1))
-    left = without_superseded(fast.probes, pairs)
+    old = KeyState(fast.probes.k, fast.probes.position)
+    both = without_superseded(fast._replace(old=old), pairs)
+    left = both.probes
+    assert torch.equal(both.old.k, left.k) and torch.equal(both.old.position, left.position)
     assert (left.position[:, :, 0] == -1).all() and not left.k[:, :, 0].any()
     assert torch.equal(left.position[:, :, 1:], fast.probes.position[:, :, 1:])

@@ -36,9 +36,9 @@ def begin(seed: int):
     old, new = draw_pairs(OLD, generator), draw_pairs(NEW, generator)
     fast = change(no_fast_weights(old.k, B, H, K, hidden=8 * K), old, LAM, generator)
     position = torch.arange(OLD) + 1000 * torch.arange(B * H).view(B, H, 1)
-    probes = set_aside(fast.probes, old, position, old.chosen, torch.arange(B))
+    fast = set_aside(fast, old, position, old.chosen, torch.arange(B))
     cues = unit_key(torch.randn(NOISE_CUES, K, generator=generator))
-    return fast._replace(probes=probes), old, new, cues, generator
+    return fast, old, new, cues, generator
 
 
 def random_direction(fast, full, old, new, generator):
@@ -56,7 +56,7 @@ def shuffled_values(fast, full, old, new, generator):
 
 
 def other_values_for_a_tenth(fast, full, old, new, generator):
-    """Every tenth old pair is written as well, its value turned round."""
+    """Every tenth old pair is written as well, its value turned round, and not rehearsed."""
     k = torch.cat([new.k, old.k[:, :, ::10]], 2)
     v = torch.cat([new.v, -old.v[:, :, ::10]], 2)
     replaces = torch.arange(k.shape[2]) >= NEW
@@ -142,8 +142,7 @@ def test_it_pays_at_least_what_torch_counts_and_never_more_than_it_has(read):
     with FlopCounterMode(display=False) as counter:
         _, ledger, report = night(model, state)
     paid = ledger.sleep.flops + ledger.gate.flops + ledger.wasted.flops
-    factors = report.units * 4 * -(-(16**3) // 3)
-    assert 0 <= paid - factors - counter.get_total_flops() < 0.05 * paid
+    assert 0 <= paid - counter.get_total_flops() < 0.05 * paid
     for wake in (paid - 1, paid // 2):
         _, less, smaller = night(model, state, Ledger(wake=Cost(wake)))
         assert less.sleep.flops + less.gate.flops + less.wasted.flops <= wake
