@@ -141,7 +141,8 @@ def main() -> None:
             right = 0
             for start in range(0, len(rows), LANES):
                 right += sum(count_right(model, rows[start : start + LANES]))
-                print(f"\r{task}, {start + LANES:,} of {len(rows):,}", end="", file=sys.stderr)
+                done = min(start + LANES, len(rows))
+                print(f"\r{task}, {done:,} of {len(rows):,} ", end="", file=sys.stderr)
             print("\r", end="", file=sys.stderr)
             low, high = wilson(right, len(rows))
             often = Counter(sample.answer for sample in chosen).most_common(1)[0][1]
