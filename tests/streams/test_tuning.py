@@ -15,6 +15,8 @@ from wakesleep.streams import tune_trial
 from wakesleep.streams.cli import main
 from wakesleep.streams.console import Console
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.families import HELD_OUT_KINDS
+from wakesleep.streams.session import Session
 from wakesleep.streams.snapshot import locked
 from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.tune_config import TuneConfig
@@ -237,3 +239,48 @@ def test_the_command_ends_with_settings_that_stream_takes(tmp_path, config, caps
     assert "--workers none" in capsys.readouterr().err
     assert main(["tune", "configs/tune.yaml"]) == 2
     assert main(["tune"]) == 2
+
+
+def one_result(config, tmp_path, monkeypatch, **changed):
+    """What a trial comes to when its summaries have these fields changed."""
+    read = Session.read
+
+    def changing(session, document, watch=None):
+        return read(session, document, watch=watch) | changed
+
+    monkeypatch.setattr(Session, "read", changing)
+    return tune_trial.measure(tmp_path, config, {"window": 64, "store.capacity": 32})
+
+
+def test_facts_of_kinds_that_training_held_out_count_where_there_are_no_others(
+    tmp_path, config, monkeypatch
+):
+    def fact(kind: str, correct: bool) -> dict:
+        return {"kind": kind, "correct": correct, "age_tokens": 9}
+
+    held_out = [fact(HELD_OUT_KINDS[0], True), fact(HELD_OUT_KINDS[0], False)]
+    alone = one_result(config, tmp_path / "a", monkeypatch, facts=held_out)
+    assert alone["recall"] == [2, 4]  # two seeds
+    both = [*held_out, fact("trained", True)]
+    assert one_result(config, tmp_path / "b", monkeypatch, facts=both)["recall"] == [2, 2]
+
+
+def test_a_document_without_text_has_no_bits_per_byte(tmp_path, config, monkeypatch):
+    found = one_result(config, tmp_path, monkeypatch, bits_per_byte=None, facts=[])
+    assert found["bits_per_byte"] is None and found["bits_by_seed"] == []
+    assert found["recall_by_seed"] == [None, None]
+
+
+def test_killed_while_its_sessions_are_deleted_a_trial_leaves_none_behind(
+    tmp_path, config, monkeypatch
+):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    values = {"window": 64, "store.capacity": 32}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(tune_trial, "write_atomically", killed)
+        tune_trial.measure(tmp_path, config, values)
+    assert tune_trial.read_result(tmp_path) is None
+    assert tune_trial.measure(tmp_path, config, values)["tokens"] == 2 * 1280
+    assert [path.name for path in tmp_path.iterdir()] == [tune_trial.RESULT]
