@@ -148,6 +148,7 @@ def line(step: int, total: int, row: dict[str, float], seconds_left: float) -> s
         "noise_above_facts",
         "facts_kept",
         "val_answers",
+        "val_bits_per_byte",
     ):
         if name in row:
             parts.append(f"{name.replace('_', ' ')} {row[name]:.3f}")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from wakesleep.ttl.attention import TAPS
-from wakesleep.ttl.fast import PROBES, hidden_width
+from wakesleep.ttl.fast import OLD_KEYS, PROBES, hidden_width
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import SPAN
@@ -179,10 +179,12 @@ def state_bytes(
             parts.append(PartBytes("memory", layer, batch * memory))
         if layer in c.fast_layers:
             places = S if layer in c.store_layers else 0
-            width = 2 * hidden_width(c.fast, c.head_dim) or c.head_dim
-            numbers = c.head_dim * (c.head_dim + width)
+            hidden = hidden_width(c.fast, c.head_dim)
+            numbers = c.head_dim * 2 * (hidden or c.head_dim)  # two layers; or matrix, covariance
             numbers += 2 * c.chunk if c.fast.write == "always" else 0
             fast = max(4, size) * numbers + 8 * places + PROBES * (pair + 8)
+            if hidden:
+                fast += OLD_KEYS * c.head_dim * (pair // 2 + 8)
             parts.append(PartBytes("fast weights", layer, batch * H * fast))
     ids = SPAN + W + c.chunk
     parts.append(PartBytes("ids and counters", None, batch * 8 * (ids + 3)))
