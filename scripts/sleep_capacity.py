@@ -22,8 +22,9 @@ from wakesleep.consolidation.gate import NOISE_CUES, advance, judge, known_after
 from wakesleep.consolidation.replay import change, choose, mark, take
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.kernels.rehearsed_write import rehearsed_write
+from wakesleep.streams.quantities import size
 from wakesleep.ttl.fast import answer, no_fast_weights, unit_key
-from wakesleep.ttl.state import SPAN, StoreState
+from wakesleep.ttl.state import SPAN, StoreState, flatten
 
 LANES, HEADS, LAM = 4, 4, 0.05
 MOST_UNITS = 40
@@ -70,6 +71,14 @@ def at_once(store: StoreState, expansion: int) -> Tensor:
     return rehearsed_write(fast.s, store.k, store.v, weight, fast.old.k, 300)
 
 
+def bytes_per_head(width: int, expansion: int) -> tuple[int, int]:
+    """Of fast weights with all that guards them, and of a place of the store, in bfloat16."""
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    fast = no_fast_weights(like, 1, 1, width, hidden=expansion * width)
+    place = 2 * width * like.itemsize + 2 * 4 + 8 + 4 * SPAN  # score, mass, position, ids
+    return sum(t.nbytes for t in flatten(fast).values()), place
+
+
 def recall(s: Tensor, store: StoreState) -> float:
     """Share of the pairs that are told from all others."""
     near = F.normalize(answer(s, store.k), dim=-1) @ F.normalize(store.v, dim=-1).mT
@@ -94,6 +103,8 @@ def main() -> None:
         found = [recall(replayed(store, t, generator, args.expansion), store) for t in tolerances]
         found.append(recall(at_once(store, args.expansion), store))
         print(f"| {num_pairs} | " + " | ".join(f"{x:.2f}" for x in found) + " |", flush=True)
+    fast, place = bytes_per_head(args.width, args.expansion)
+    print(f"\nfast weights, probes, old keys: {size(fast)} per head, {fast // place} store places")
 
 
 if __name__ == "__main__":
