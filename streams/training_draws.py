@@ -19,6 +19,7 @@ KEY = 0x57EB  # keeps these draws apart from those of the data with the same see
 BLIND_KEY = 0xB11D  # and those of `draw_blind` from these
 SLEEP_KEY = 0x51EE  # and those of sleeps
 PASSES_KEY = 0x9A55
+FEWER = 8  # a sleep of training writes at least its share of the most
 
 
 class Draw(NamedTuple):
@@ -97,7 +98,7 @@ def _with_sleep(draw: Draw, config: TrainConfig, number: int) -> Draw:
     step, most = config.train, config.train.sleep_pairs
     rng = np.random.default_rng((config.seed, number, SLEEP_KEY))
     sleeps = rng.random((step.segments_per_step, step.lanes)) < step.sleep_drop
-    num_pairs = round(float(np.exp(rng.uniform(0, np.log(most)))))
+    num_pairs = round(most / FEWER ** float(rng.random()))
     seed = int(rng.integers(2**62))
     return draw._replace(sleeps=torch.from_numpy(sleeps), sleep_pairs=num_pairs, sleep_seed=seed)
 

@@ -5,25 +5,28 @@ fast weights hold of it; with hard eviction they are all that is left of it. How
 are is drawn for every step, so that one model serves every number.
 
 Sleep drop: the write of fast weights by replay needs no training; the read does. So before some
-segments a lane sleeps: a random half of the pairs of its stores is offered, the best of these are
-written into the fast weights as a sleep would write them, and leave the store. What is asked of
-them afterwards can only be found in the fast weights. Nothing of the write has a gradient; queries,
-gate and floor have one.
+segments a lane sleeps: a random half of its document's pairs is offered, and of the other text's
+about as many as are written; the best of both are written into the fast weights as a sleep would
+write them, and leave the store. What is asked of them afterwards can only be found in the fast
+weights. Nothing of the write has a gradient; queries, gate and floor have one.
 
 Shapes: B lanes, H heads, S store places.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from wakesleep.consolidation.replay import change, choose, emptied
+from wakesleep.streams.distractors import own
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.resize import clear_window
 from wakesleep.ttl.state import BlockState, StreamState, merge
 
-OFFERED = 0.5  # share of the stored pairs
+OFFERED = 0.5  # share of the document's stored pairs
 UNKNOWN = 0.999  # cosine below which a pair is written, whatever else the fast weights hold
 
 
@@ -40,24 +43,36 @@ def sleep_through(model: TTLModel, state: StreamState, num_passes: int, evict: s
 
 
 def sleep_drop(
-    model: TTLModel, state: StreamState, lanes: Tensor, num_pairs: int, seed: int
+    model: TTLModel,
+    state: StreamState,
+    lanes: Tensor,
+    num_pairs: int,
+    seed: int,
+    foreign: Sequence[tuple[int, int]] = (),
 ) -> StreamState:
-    """The state after a sleep of `lanes` [B] bool, of num_pairs per head at most."""
+    """The state after a sleep of `lanes` [B] bool, of num_pairs per head at most.
+
+    Args:
+        foreign: ranges of positions at which distractors are: of a store full of these, a random
+            half would hardly ever hold what is asked.
+    """
     generator = torch.Generator().manual_seed(seed)
     lam, blocks = model.config.fast.lam, []
     for block in state.blocks:
         if block.store is not None and block.fast.asleep.numel():
-            slept = _slept(block, num_pairs, lam, generator)
+            slept = _slept(block, num_pairs, lam, generator, foreign)
             block = merge(lanes, slept, block)
         blocks.append(block)
     return state._replace(blocks=tuple(blocks))
 
 
-def _slept(block: BlockState, num_pairs: int, lam: float, generator) -> BlockState:
+def _slept(block: BlockState, num_pairs: int, lam: float, generator, foreign) -> BlockState:
     store = block.store
     with torch.no_grad():
         drawn = torch.rand(store.position.shape[1:], generator=generator).to(store.position.device)
-        offered = torch.where(drawn < OFFERED, store.position, -1)
+        others = (store.position >= 0) & ~own(store.position, foreign)
+        some = (num_pairs / others.sum(-1, keepdim=True).clamp(min=1)).clamp(max=OFFERED)
+        offered = torch.where(drawn < torch.where(others, some, OFFERED), store.position, -1)
         pairs = choose(store._replace(position=offered), block.fast, num_pairs, UNKNOWN)
         fast = change(block.fast, pairs, lam, generator)
         free = torch.zeros_like(store.position, dtype=torch.bool)

@@ -85,7 +85,7 @@ def unroll(
             state = inject(state, pool, draw.orders[k], draw.jumps[k], window)
         if draw.sleeps is not None and bool(draw.sleeps[k].any()):
             seed = draw.sleep_seed + k
-            state = sleep_drop(model, state, draw.sleeps[k], draw.sleep_pairs, seed)
+            state = sleep_drop(model, state, draw.sleeps[k], draw.sleep_pairs, seed, foreign)
         position.append(state.position[:, None] + columns)
         stored.append(position[-1])
         lengths = batch.lengths[:, k]
