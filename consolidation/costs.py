@@ -59,7 +59,8 @@ def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
     n = min(num_pairs, S)
     looked_at = min(2 * num_pairs, S)
     adds = S * sizes.adds + looked_at * S * K + n * (PROBES + sizes.old_keys) * K
-    return Cost(2 * X * adds, _store(sizes) + _weights(sizes) + _probes(sizes))
+    known = _probes(sizes) + _old(sizes)
+    return Cost(2 * X * adds, _store(sizes) + _weights(sizes) + known)
 
 
 def write_cost(sizes: Sizes, num_pairs: int) -> Cost:
@@ -95,7 +96,7 @@ def gate_cost(sizes: Sizes, num_pairs: int) -> Cost:
     asked = 1 + (len(STEPS_TRIED) if sizes.hidden else 2)  # times each row; a matrix is linear
     rows = asked * (PROBES // 2 + NOISE_CUES) + (asked + 1) * n
     adds = rows * sizes.adds + (PROBES + sizes.old_keys) * n * K
-    return Cost(2 * X * adds, 2 * _weights(sizes) + 2 * _probes(sizes))
+    return Cost(2 * X * adds, 2 * (_weights(sizes) + _probes(sizes) + _old(sizes)))
 
 
 def audit_cost(sizes: Sizes) -> Cost:
@@ -119,5 +120,8 @@ def _weights(sizes: Sizes) -> int:
 
 
 def _probes(sizes: Sizes) -> int:
-    pairs = PROBES * (2 * sizes.head_dim * sizes.itemsize + 8)
-    return sizes.heads * (pairs + sizes.old_keys * (sizes.head_dim * sizes.itemsize + 8))
+    return sizes.heads * PROBES * (2 * sizes.head_dim * sizes.itemsize + 8)
+
+
+def _old(sizes: Sizes) -> int:
+    return sizes.heads * sizes.old_keys * (sizes.head_dim * sizes.itemsize + 8)

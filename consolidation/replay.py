@@ -78,10 +78,15 @@ def change(
 
     Args:
         lam: ridge of a matrix.
-        generator: of the keys that mean nothing; on the CPU.
+        generator: of the keys that mean nothing; on the CPU, only an MLP needs it.
+
+    Raises:
+        ValueError: an MLP without a generator: its write would depend on who drew before.
     """
     weight = 1.0 + (INSTEAD - 1) * pairs.replaces
     if fast.old:
+        if generator is None:
+            raise ValueError("the write of an MLP needs a generator")
         B, H, _, K = fast.old.k.shape
         noise = unit_key(torch.randn(NOISE_KEYS * K, K, generator=generator)).to(fast.s)
         old = torch.cat([fast.old.k.to(fast.s.dtype), noise.expand(B, H, -1, -1)], 2)

@@ -207,7 +207,8 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"{cpu_name()}, threads: {args.threads}, {allocator(os.environ)}")
-    print(f"torch {torch.__version__}, median of {args.repeats} steps in turn\n")
+    print(f"torch {torch.__version__}, by turns; medians of {args.repeats} steps")
+    print(f"(models), or of {ROUNDS} processes with so many each (layers)\n")
     if importlib.util.find_spec("titans_pytorch") is None:
         print("titans-pytorch is not installed: no layers. pip install titans-pytorch==0.5.5")
     else:

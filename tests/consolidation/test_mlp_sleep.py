@@ -168,6 +168,23 @@ def test_kinds_that_cannot_be_are_refused(options, why):
         FastConfig(**options)
 
 
+def test_a_write_without_a_generator_of_its_own_is_refused():
+    fast, _, new, _, _ = begin(0)
+    with pytest.raises(ValueError, match="needs a generator"):
+        change(fast, new, LAM)
+
+
+def test_noise_is_answered_less_loudly_than_what_was_written():
+    generator = torch.Generator().manual_seed(0)
+    fast = no_fast_weights(torch.zeros(1), B, H, K, hidden=8 * K)
+    cues = unit_key(torch.randn(NOISE_CUES, K, generator=generator)).expand(B, H, -1, -1)
+    for _ in range(4):
+        new = draw_pairs(NEW, generator)
+        fast = change(fast, new, LAM, generator)
+    # .82 of a value's length; 1.12 if keys of noise are not rehearsed
+    assert answer(fast.s, cues).norm(dim=-1).mean() < 0.95 * new.v.norm(dim=-1).mean()
+
+
 def test_a_model_with_an_mlp_reads_as_before_until_it_sleeps(read):
     model, state = read
     without, config = build("mlp")

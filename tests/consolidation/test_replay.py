@@ -9,7 +9,7 @@ from wakesleep.consolidation.replay import change, choose, mark, release, take
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.ttl.fast import no_fast_weights, unit_key
 from wakesleep.ttl.model import ModelConfig, TTLModel
-from wakesleep.ttl.state import SPAN, ProbeState, StoreState
+from wakesleep.ttl.state import SPAN, KeyState, ProbeState, StoreState
 from wakesleep.ttl.store import StoreConfig
 
 B, H, S, K = 2, 3, 40, 16
@@ -143,6 +143,18 @@ def test_a_new_value_of_a_key_that_was_written_replaces_the_old_one():
     assert torch.cosine_similarity(answer, again.v, dim=-1).min() > TOLERANCE
     old = torch.cosine_similarity(pairs.k @ fast.s, pairs.v, dim=-1)
     assert old.mean() < 0.3
+
+
+def test_an_old_key_of_an_mlp_says_that_it_had_another_value():
+    store = make_store()
+    fast = no_fast_weights(store.k, B, H, K, S, hidden=2 * K)
+    first = choose(store, fast, 8, TOLERANCE)
+    assert not first.replaces.any()
+    k, position = fast.old.k.clone(), fast.old.position.clone()
+    k[:, :, 3], position[:, :, 3] = first.k[:, :, 5], 1
+    again = choose(store, fast._replace(old=KeyState(k, position)), 8, TOLERANCE)
+    assert torch.equal(again.place, first.place)
+    assert torch.equal(again.replaces, (torch.arange(8) == 5).expand(B, H, -1))
 
 
 def test_a_place_is_free_once_a_disturbed_cue_has_found_its_value_and_not_before():

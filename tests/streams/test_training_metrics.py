@@ -11,7 +11,7 @@ from wakesleep.streams.prompts import encode_answer, encode_question
 from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Tasks, tokenizer_json
-from wakesleep.streams.training_metrics import Means, add_losses, measured
+from wakesleep.streams.training_metrics import Means, add_losses, line, measured
 from wakesleep.streams.training_samples import sample_answer
 from wakesleep.streams.training_text import TextLanes, since_repeat
 from wakesleep.streams.unroll import TokenLoss
@@ -95,3 +95,9 @@ def test_a_sample_of_text_reads_like_text():
     told[0, start : start + len(other)] = torch.tensor(other)
     found = sample_answer(batch, losses(batch, said=told), tokenizer)
     assert found == "Where does Ada live? 'Turin', 1,500 tokens ago: told nothing"
+
+
+def test_a_line_tells_how_well_text_is_predicted_once_that_was_validated():
+    row = {"loss": 2.5, "tokens_per_second": 1500.0}
+    assert line(20, 700, row, 120.0) == "step 20/700  loss 2.500  1,500 tokens/s  2.0 min left"
+    assert "val bits per byte 1.666" in line(20, 700, row | {"val_bits_per_byte": 1.6662}, 120.0)
