@@ -367,15 +367,15 @@ def _start_from(model: TTLModel, config: TrainConfig) -> None:
 
     The window and the store's capacity may be other ones: no weight depends on them. Layers
     may lack the memory or the store that they have there: a twin without a part. They may have
-    fast weights that they lack there: these begin closed, so that the function is the same.
+    fast weights that they lack there: until something is written, these say nothing.
     """
     shipped = config.train.start == "default"
     found = load_model(DEFAULT if shipped else config.train.start)
     before, now = flat(found.config), flat(config.model)
     for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
         fewer = key in ("memory_layers", "store_layers") and set(now[key]) <= set(before[key])
-        closed = key in ("fast.lam", "fast.passes") or (key == "fast_layers" and not before[key])
-        if before.get(key) != now.get(key) and not fewer and not closed:
+        unread = key in ("fast.lam", "fast.passes") or (key == "fast_layers" and not before[key])
+        if before.get(key) != now.get(key) and not fewer and not unread:
             raise Refused(
                 f"model.{key} is {before.get(key)} there and {now.get(key)} here",
                 f"train.start={config.train.start}",

@@ -34,7 +34,7 @@ from wakesleep.ttl.state import FastState, KeyState, ProbeState
 PROBES = 256  # per head: half of them for the gate, half for an audit that it never sees
 OLD_KEYS = 8  # of an MLP that are kept to be rehearsed, in widths of a head
 FLOOR_INIT = 0.1  # RMS of an answer that counts half
-GATE_INIT = 0.5  # of fast weights that are written awake; else 0, a model without them, at first
+GATE_INIT = 1.0  # at any gate fast weights that were never written say nothing
 KEEP_INIT, STEP_INIT = 0.995, 0.5  # of the write gates at the start
 GATE_STD = 0.02  # of their weights
 
@@ -72,7 +72,7 @@ class FastWeights(nn.Module):
         self.config, self.num_heads, self.head_dim = config, num_heads, head_dim
         awake = config.write == "always"
         self.chunk = chunk if awake else 0
-        self.gate = nn.Parameter(torch.full((num_heads,), GATE_INIT if awake else 0.0))
+        self.gate = nn.Parameter(torch.full((num_heads,), GATE_INIT))
         self.floor = nn.Parameter(torch.full((num_heads,), FLOOR_INIT).log())
         if awake:
             self.gates = nn.Linear(dim, 2 * num_heads)  # keep, then step

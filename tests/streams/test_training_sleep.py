@@ -81,7 +81,7 @@ def test_the_write_has_no_gradient_and_the_read_has_one(module):
     assert all(grad.abs().min() > 0 for grad in grads)
 
 
-def test_a_step_with_sleeps_teaches_the_gate_of_closed_fast_weights(module):
+def test_only_steps_with_sleeps_teach_the_gate(module):
     source = open_source(CONFIG)
     gates = []
     for share in (0.0, 1.0):

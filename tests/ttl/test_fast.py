@@ -26,16 +26,23 @@ def written(k, v) -> FastState:
 
 
 @torch.no_grad()
-def test_a_model_with_closed_fast_weights_is_the_model_without_them():
+@pytest.mark.parametrize("kind", ["matrix", "mlp"])
+def test_fast_weights_say_nothing_until_they_are_written_and_behind_a_closed_gate(kind):
     torch.manual_seed(1)
     without = TTLModel(CONFIG)
-    model = TTLModel(dataclasses.replace(CONFIG, fast_layers=(0, 1)))
+    config = dataclasses.replace(CONFIG, fast_layers=(0, 1), fast=FastConfig(kind=kind))
+    model = TTLModel(config)
     assert model.load_state_dict(without.state_dict(), strict=False).unexpected_keys == []
     tokens, state = torch.randint(41, (2, 30)), model.init_state(2)
+    wanted = without(tokens, without.init_state(2))[0]
+    assert torch.equal(model(tokens, state)[0], wanted)
     fast = [b.fast._replace(s=torch.randn_like(b.fast.s)) for b in state.blocks]
     blocks = (b._replace(fast=f) for b, f in zip(state.blocks, fast, strict=True))
-    given = model(tokens, state._replace(blocks=tuple(blocks)))[0]
-    assert torch.equal(given, without(tokens, without.init_state(2))[0])
+    written = state._replace(blocks=tuple(blocks))
+    assert not torch.allclose(model(tokens, written)[0], wanted)
+    for block in model.blocks:
+        block.attention.fast.gate.zero_()
+    assert torch.equal(model(tokens, written)[0], wanted)
 
 
 @torch.no_grad()
