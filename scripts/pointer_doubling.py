@@ -73,7 +73,6 @@ def build(after: np.ndarray, window: int) -> TTLModel:
         v[:, here : here + nodes] = node
         if level + 1 < levels:
             attention.out.weight[here + nodes : here + 2 * nodes] = node
-        attention.fast.gate.fill_(1.0)
         attention.fast.gates.bias.fill_(OPEN)
     return model
 

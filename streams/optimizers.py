@@ -18,7 +18,7 @@ from wakesleep.streams.training_config import OptimConfig
 
 PARTS = ("embedding", "attention", "memory", "store", "mlp", "norm")  # whose gradients are watched
 NORMS = tuple(f"grad_norm_{part}" for part in PARTS)
-PER_HEAD = ("memory.gates", "store.head.2")
+PER_HEAD = ("memory.gates", "fast.gates", "store.head.2")
 
 
 class Joined(torch.optim.Optimizer):

@@ -1,7 +1,8 @@
 """Fast weights: a memory per head that shares queries, keys and values with the window.
 
 A pair of the store is a pair of the fast weights: sleep writes it once more, here, and its place in
-the store is free. Keys and queries are of length 1 and know no position.
+the store is free. Keys and queries are of length 1 and know no position. A gate per head and token
+says how much of an answer is read: where nothing is asked, it can be shut.
 
     kind="matrix"   a linear memory: written in closed form, holds about K pairs (safe)
     kind="mlp"      two layers: written by gradient steps, holds several times as many (capacity)
@@ -33,10 +34,9 @@ from wakesleep.ttl.state import FastState, KeyState, ProbeState
 
 PROBES = 256  # per head: half of them for the gate, half for an audit that it never sees
 OLD_KEYS = 8  # of an MLP that are kept to be rehearsed, in widths of a head
-FLOOR_INIT = 0.1  # RMS of an answer that counts half
-GATE_INIT = 1.0  # at any gate fast weights that were never written say nothing
-KEEP_INIT, STEP_INIT = 0.995, 0.5  # of the write gates at the start
-GATE_STD = 0.02  # of their weights
+GATE_INIT = 1.0  # of reads at the start: a written value comes back as it was
+KEEP_INIT, STEP_INIT = 0.995, 0.5  # of writes awake
+GATE_STD = 0.02  # of the weights of all gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,13 @@ class FastWeights(nn.Module):
         self.config, self.num_heads, self.head_dim = config, num_heads, head_dim
         awake = config.write == "always"
         self.chunk = chunk if awake else 0
-        self.gate = nn.Parameter(torch.full((num_heads,), GATE_INIT))
-        self.floor = nn.Parameter(torch.full((num_heads,), FLOOR_INIT).log())
+        starts = torch.tensor([GATE_INIT]).expm1().log()
         if awake:
-            self.gates = nn.Linear(dim, 2 * num_heads)  # keep, then step
-            nn.init.normal_(self.gates.weight, std=GATE_STD)
-            starts = torch.tensor([KEEP_INIT, STEP_INIT]).logit()
-            with torch.no_grad():
-                self.gates.bias.copy_(starts.repeat_interleave(num_heads))
+            starts = torch.cat([starts, torch.tensor([KEEP_INIT, STEP_INIT]).logit()])
+        self.gates = nn.Linear(dim, len(starts) * num_heads)  # read, then keep and step
+        nn.init.normal_(self.gates.weight, std=GATE_STD)
+        with torch.no_grad():
+            self.gates.bias.copy_(starts.repeat_interleave(num_heads))
 
     def init_state(self, batch: int, capacity: int, like: Tensor) -> FastState:
         """Fast weights of lanes that have read nothing, with a store of `capacity` (0 = none)."""
@@ -107,9 +106,11 @@ class FastWeights(nn.Module):
             keep_power: exponent of what a token keeps: 0 = nothing decays.
             recompute: do the work of each chunk again in the backward pass.
         """
+        gates = self.gates(x).to(state.gates.dtype)
+        opened = F.softplus(gates[..., : self.num_heads])[..., None]  # [B, T, H, 1]
         if self.config.write == "asleep":
-            return self.read(q, state), state
-        gates = self.gates(x).to(state.gates.dtype).sigmoid()
+            return (read(q, state) * opened).to(q.dtype), state
+        gates = gates[..., self.num_heads :].sigmoid()
         gates = gates.unflatten(-1, (2, self.num_heads)).transpose(-1, -2)
         gates = scatter(grid, gates, state.gates)  # [B, G, H, 2]
         queries = scatter(grid, q, q.new_zeros(q.shape[0], self.chunk, *q.shape[2:]))
@@ -129,26 +130,19 @@ class FastWeights(nn.Module):
             stacks, unused = (state.s.to(dtype).flatten(0, 1),), k.new_zeros(B, 2)
             run = scan(DeltaMemory(), stacks, chunks, unused, recompute=recompute)
             y = gather(grid, from_chunks(run.y, self.num_heads), x.shape[1])
-            y = self._shown(y).to(q.dtype)
+            y = (y * opened).to(q.dtype)
             s = run.stacks[0].unflatten(0, (B, -1)).to(state.s.dtype)
         return y, state._replace(s=s, gates=carry(grid, gates))
 
-    def read(self, q: Tensor, state: FastState) -> Tensor:
-        """What the fast weights give back for queries q [B, T, H, K], in the same shape and dtype.
 
-        An answer is divided by its RMS, unless that is small: a query that resembles no written key
-        gets a faint answer, and it stays faint.
-        """
-        with torch.autocast(q.device.type, enabled=False):
-            unit = unit_key(q).transpose(1, 2)
-            y = self._shown(answer(state.s.to(unit.dtype), unit).transpose(1, 2))
-        return y.to(q.dtype)
+def read(q: Tensor, state: FastState) -> Tensor:
+    """What fast weights give back for queries q [B, T, H, K], at the values' length, in float32.
 
-    def _shown(self, y: Tensor) -> Tensor:
-        """Answers [B, T, H, K] as they are added to the attention's values."""
-        power = y.square().mean(-1, keepdim=True)
-        floor = self.floor.to(y.dtype).exp().square()[:, None]
-        return y * (power + floor).rsqrt() * self.gate.to(y.dtype)[:, None]
+    The less a query resembles what was written, the fainter the answer: it is not normalised.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        unit = unit_key(q).transpose(1, 2)
+        return answer(state.s.to(unit.dtype), unit).transpose(1, 2)
 
 
 def answer(s: Tensor, k: Tensor) -> Tensor:

@@ -231,15 +231,15 @@ def _memory(
 def _fast(config: ModelConfig, position: int, num_tokens: int) -> tuple[int, int]:
     """Multiply-adds and cubes of solves of one lane's fast weights.
 
-    Written awake, they cost what a memory by the delta rule costs, with two gates of their own and
-    the window's queries, keys and values.
+    Written awake, they cost what a memory by the delta rule costs, three gates included, but for
+    the queries, keys and values, which are the window's.
     """
     c, H, K = config, config.num_heads, config.head_dim
     if c.fast.write == "asleep":
-        return num_tokens * H * K * (2 * hidden_width(c.fast, K) or K), 0
+        return num_tokens * H * (K * (2 * hidden_width(c.fast, K) or K) + c.dim), 0
     like = replace(c, combine="mag", memory=MemoryConfig(kind="delta"))
     adds, solve = _memory(like, position, num_tokens, None)
-    return adds - num_tokens * c.dim * H * (4 * K + 3) + num_tokens * c.dim * 2 * H, solve
+    return adds - num_tokens * c.dim * H * 4 * K, solve
 
 
 def _pages(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -146,7 +144,8 @@ def test_it_pays_at_least_what_torch_counts_and_never_more_than_it_has(read):
     for wake in (paid - 1, paid // 2):
         _, less, smaller = night(model, state, Ledger(wake=Cost(wake)))
         assert less.sleep.flops + less.gate.flops + less.wasted.flops <= wake
-        assert smaller.units < report.units
+        assert smaller.reason == "the budget is spent" != report.reason
+    assert smaller.units < report.units
 
 
 def test_the_same_seed_gives_the_same_bits(read):
@@ -185,13 +184,9 @@ def test_noise_is_answered_less_loudly_than_what_was_written():
     assert answer(fast.s, cues).norm(dim=-1).mean() < 0.95 * new.v.norm(dim=-1).mean()
 
 
-def test_a_model_with_an_mlp_reads_as_before_until_it_sleeps(read):
+def test_what_sleep_wrote_into_an_mlp_is_read_afterwards(read):
     model, state = read
-    without, config = build("mlp")
-    without.blocks[1].attention.fast.gate.data.fill_(1.0)
     tokens = torch.randint(61, (2, 30), generator=torch.Generator().manual_seed(3))
+    slept = night(model, state)[0]
     with torch.no_grad():
-        assert torch.equal(model(tokens, state)[0], without(tokens, state)[0])
-        slept = night(without, state)[0]
-        assert not torch.allclose(model(tokens, state)[0], without(tokens, slept)[0])
-    assert replace(config.fast, kind="matrix").expansion == 8
+        assert not torch.allclose(model(tokens, state)[0], model(tokens, slept)[0])

@@ -89,9 +89,6 @@ def _save_model(folder: Path, **layers) -> Path:
             **layers,
         )
         model = TTLModel(config)
-        if config.fast_layers:
-            for layer in config.fast_layers:
-                model.blocks[layer].attention.fast.gate.data.fill_(0.5)
     tokenizer = (language_models.DEFAULT / TOKENIZER).read_bytes()
     save_model(folder, model, tokenizer, "# Random weights", half=False)
     return folder

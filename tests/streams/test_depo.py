@@ -140,16 +140,16 @@ def test_behind_a_hard_eviction_only_fast_weights_know_what_was_read():
     tokens = torch.randint(6, 32, (2, 3 * L))
     other = tokens.clone()
     other[:, :L] = torch.randint(6, 32, (2, L))
-    for gate, evict, same in [(0.0, "hard", True), (1.0, "hard", False), (0.0, "keep", False)]:
+    for logit, evict, same in [(-1e4, "hard", True), (0.0, "hard", False), (-1e4, "keep", False)]:
         with torch.no_grad():
             for block in model.blocks:
-                block.attention.fast.gate.fill_(gate)
+                block.attention.fast.gates.bias[:2] = logit
             ends = []
             for read in (tokens, other):
                 state = model(read[:, :L], model.init_state(2))[1]
                 state = sleep_through(model, state, 2, evict)
                 ends.append(model(tokens[:, L : 2 * L], state)[0])
-        assert torch.equal(*ends) == same, (gate, evict)
+        assert torch.equal(*ends) == same, (logit, evict)
 
 
 def test_every_number_of_passes_is_drawn():

@@ -102,8 +102,6 @@ def build(config: ModelConfig, scale: float = 1.0) -> TTLModel:
         for name, parameter in model.named_parameters():
             if "memory" in name or "fast.gates" in name:
                 parameter.mul_(scale)
-            if name.endswith("fast.gate"):
-                parameter.fill_(scale)
     return model
 
 
