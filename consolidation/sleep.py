@@ -61,12 +61,15 @@ def least_cost(model: TTLModel, state: StreamState, config: SleepConfig) -> int:
 
 
 def pressure(state: StreamState) -> float:
-    """Share of the places of all stores beside fast weights that hold what these do not know."""
+    """Share of the places of all stores beside fast weights that hold a pair.
+
+    One that the fast weights know counts as well: the next sleep makes its place free.
+    """
     held = places = 0
     for block in state.blocks:
         if block.store is not None and block.fast.asleep.numel():
-            waiting = (block.store.position >= 0) & (block.fast.asleep != block.store.position)
-            held, places = held + int(waiting.sum()), places + waiting.numel()
+            position = block.store.position
+            held, places = held + int((position >= 0).sum()), places + position.numel()
     return held / places if places else 0.0
 
 

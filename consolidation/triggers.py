@@ -2,7 +2,7 @@
 
     every      `every` tokens were read since the last sleep
     eviction   as many tokens as the window holds were read since the last sleep
-    pressure   the store is nearly full of pairs that the fast weights do not know, until it is not
+    pressure   the store is nearly full, until sleep has made room
     surprise   more surprise than usual has summed up since the last sleep
     idle       nothing is left to read
 
@@ -40,7 +40,7 @@ class Signals(NamedTuple):
     tokens: int  # read so far
     segment: int  # of these in the last segment
     surprise: float  # mean of the last segment
-    pressure: float  # share of the store's places that hold a pair the fast weights do not know
+    pressure: float  # share of the store's places that hold a pair
     idle: bool = False  # nothing is left to read
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEPS = 64  # of Adam per write
+STEPS = 192  # of Adam per write
 RATE = 0.01  # its step size at first, for B in parts of the values' RMS; it falls to 0
 LAST = 0.3  # share of the steps in which it falls
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-8

@@ -8,7 +8,7 @@ state behind the last of them. The rows of a table:
 
     awake        a store of --store places
     equal bytes  awake, a store that is larger by what fast weights, probes and old keys weigh
-    matrix, mlp  --store places, and a sleep by replay whenever the store is full of what is new
+    matrix, mlp  --store places, and a sleep by replay whenever the store is nearly full
     at once      --store places, and fast weights that all P pairs were written into together: the
                  ridge fit of a matrix, 300 steps of Adam of an MLP
 

@@ -224,3 +224,14 @@ def test_a_model_that_cannot_sleep_is_refused(options, why):
     without = TTLModel(replace(CONFIG, **options))
     with pytest.raises(ValueError, match=why):
         sleep(without, without.init_state(1))
+
+
+def test_what_is_marked_but_not_released_still_presses_for_sleep(model):
+    state = read(model)
+    assert sleeping.pressure(model.init_state(B)) == 0.0 and sleeping.pressure(state) == 1.0
+    after, ledger, report = sleep(model, state)
+    assert report.written > 0 and sleeping.pressure(after) == 1.0
+    later, _, report = sleep(model, after, ledger, seed=1)
+    places = 2 * B * H * 40
+    assert report.released > 0
+    assert sleeping.pressure(later) == 1 - report.released / places
