@@ -19,7 +19,7 @@ KEY = 0x57EB  # keeps these draws apart from those of the data with the same see
 BLIND_KEY = 0xB11D  # and those of `draw_blind` from these
 SLEEP_KEY = 0x51EE  # and those of sleeps
 PASSES_KEY = 0x9A55
-FEWER = 8  # a sleep of training writes at least its share of the most
+FEWER = 8  # the shortest sleep of training writes one of so many pairs of the longest
 
 
 class Draw(NamedTuple):

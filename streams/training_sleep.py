@@ -8,7 +8,7 @@ Sleep drop: the write of fast weights by replay needs no training; the read does
 segments a lane sleeps: a random half of its document's pairs is offered, and of the other text's
 about as many as are written; the best of both are written into the fast weights as a sleep would
 write them, and leave the store. What is asked of them afterwards can only be found in the fast
-weights. Nothing of the write has a gradient; queries, gate and floor have one.
+weights. Nothing of the write has a gradient; queries and gates have one.
 
 Shapes: B lanes, H heads, S store places.
 """

@@ -467,12 +467,14 @@ def test_a_run_may_start_from_a_trained_model(tmp_path):
     start = {"start": str(tmp_path / "first" / "last"), "steps": 1}
     still = {"lr": 1e-9, "lr_rest": 1e-9}
     train(task(train=start, optim=still), tmp_path / "second")
-    for name, weight in load_model(tmp_path / "second" / "last").state_dict().items():
-        assert torch.equal(weight, trained[name]), name
+    again = load_model(tmp_path / "second" / "last").state_dict()
+    assert all(torch.equal(weight, trained[name]) for name, weight in again.items())
     sizes = {"window": 24, "store": {"capacity": 24, "hidden": 8}, "fast_layers": [0]}
     train(task(train=start, optim=still, model={**MODEL, **sizes}), tmp_path / "other")
     other = load_model(tmp_path / "other" / "last")
     assert other.config.store.capacity == 24 and other.config.fast_layers == (0,)
+    weights = other.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in trained.items())
     with pytest.raises(Refused, match=r"model.mlp_dim is 32 there and 48 here"):
         train(task(train=start, model={"mlp_dim": 48}), tmp_path / "third")
     assert not (tmp_path / "third").exists()

@@ -66,6 +66,23 @@ def test_what_left_the_store_is_given_back_by_the_fast_weights(module):
     assert torch.equal(after.blocks[0].store.position, state.blocks[0].store.position)
 
 
+def test_of_many_distractors_few_are_moved_and_of_the_text_itself_a_half(module):
+    model, capacity, own = module.model, 120, 24
+    with torch.no_grad():
+        state = model.init_state(LANES, capacity=capacity)
+        state = model(torch.randint(64, (LANES, capacity + 16)), state)[1]
+    lanes = torch.ones(LANES, dtype=torch.bool)
+    moved = torch.zeros(2)
+    for seed in range(10):
+        after = sleep_drop(model, state, lanes, 12, seed, foreign=((0, capacity - own),))
+        before, left = (s.blocks[1].store.position for s in (state, after))
+        gone, mine = (before >= 0) & (left < 0), before >= capacity - own
+        moved += torch.stack([(gone & mine).sum(), (gone & ~mine).sum()]) / gone[..., 0].numel()
+    mine, others = (moved / 10).tolist()
+    # offered are 12 of each; the score says nothing here, so about half of both are written
+    assert mine == pytest.approx(6, abs=1.5) and others == pytest.approx(6, abs=1.5)
+
+
 def test_the_write_has_no_gradient_and_the_read_has_one(module):
     model = module.model
     fast = model.blocks[1].attention.fast
@@ -103,6 +120,9 @@ def test_sleeps_are_drawn_by_number_as_often_as_asked_and_as_long_as_allowed():
         lengths.append(draw.sleep_pairs)
     assert torch.stack(slept).mean() == pytest.approx(0.5, abs=0.03)
     assert set(lengths) == set(range(1, 7))
+    longer = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, sleep_pairs=48))
+    lengths = {draw_step(longer, number, 32, facts).sleep_pairs for number in range(300)}
+    assert min(lengths) == 6 and 40 < max(lengths) <= 48
     part = draw.part(slice(1, 3))
     assert torch.equal(part.sleeps, draw.sleeps[:, 1:3])
 
