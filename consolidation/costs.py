@@ -53,6 +53,12 @@ def sizes_of(block: BlockState) -> Sizes:
     return Sizes(B * H, S, K, block.store.k.element_size(), 0 if is_linear(s) else s.shape[-1] // 2)
 
 
+def keys_cost(sizes: Sizes) -> Cost:
+    """Of making the keys of all places such as fast weights see them."""
+    X, S, K, itemsize, _ = sizes
+    return Cost(2 * X * S * K * K, X * S * K * (itemsize + 4))
+
+
 def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
     """Of finding the pairs of a unit: gains of all places, superseded ones, keys of probes."""
     X, S, K, *_ = sizes

@@ -25,8 +25,8 @@ from wakesleep.consolidation.gate import NOISE_CUES, keeps
 from wakesleep.consolidation.night import INTERRUPTED, Night, total
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.consolidation.spans import stored_spans
-from wakesleep.ttl.fast import unit_key
 from wakesleep.ttl.flops import pass_flops
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.resize import clear_window
 from wakesleep.ttl.state import RecentState, StreamState, nbytes

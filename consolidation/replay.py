@@ -21,7 +21,8 @@ from torch import Tensor
 
 from wakesleep.kernels.protected_write import protected_write
 from wakesleep.kernels.rehearsed_write import rehearsed_write
-from wakesleep.ttl.fast import answer, unit_key
+from wakesleep.ttl.fast import answer
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.state import FastState, StoreState
 
 SAME_KEY = 0.98  # cosine of two keys from which on they are one

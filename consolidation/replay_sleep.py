@@ -20,6 +20,7 @@ from wakesleep.consolidation.costs import (
     audit_cost,
     choose_cost,
     gate_cost,
+    keys_cost,
     mark_cost,
     release_cost,
     sizes_of,
@@ -36,10 +37,10 @@ from wakesleep.consolidation.gate import (
     without_superseded,
 )
 from wakesleep.consolidation.night import INTERRUPTED, Night, share, total
-from wakesleep.consolidation.replay import change, choose, mark, release, take
-from wakesleep.ttl.fast import unit_key
+from wakesleep.consolidation.replay import change, choose, emptied, mark, release, take
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig
-from wakesleep.ttl.state import BlockState, FastState, map_state
+from wakesleep.ttl.state import BlockState, FastState, StoreState, map_state
 
 
 def replay_layers(c: ModelConfig) -> list[int]:
@@ -119,11 +120,12 @@ class ReplayNight(Night):
         """Write one unit in one layer; False if there was nothing to write, or nothing passed."""
         block, sizes = self.state.blocks[layer], self._sizes(layer)
         num_pairs, tolerance = sizes.unit_pairs, self.config.tolerance
-        self.spend("sleep", choose_cost(sizes, num_pairs))
-        pairs = choose(block.store, block.fast, num_pairs, tolerance)
+        self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, num_pairs)))
+        seen = self._seen(layer)
+        pairs = choose(seen, block.fast, num_pairs, tolerance)
         self.spend("sleep", mark_cost(sizes))
         if not bool(pairs.chosen.any()):
-            fast = mark(block.store, block.fast, tolerance)
+            fast = mark(seen, block.fast, tolerance)
             self._put(layer, block._replace(fast=fast))
             return False
         self.spend("sleep", write_cost(sizes, num_pairs))
@@ -140,7 +142,7 @@ class ReplayNight(Night):
         position = take(block.store.position, pairs.place)
         new = set_aside(new, pairs, position, known, self.state.lane)
         # heads that did not pass keep their probes and old keys as well, superseded or not
-        new = _by_head(passed, mark(block.store, new, tolerance), block.fast)
+        new = _by_head(passed, mark(seen, new, tolerance), block.fast)
         self._put(layer, block._replace(fast=new))
         tried = pairs.chosen.any(-1)
         refused = int((tried & ~passed).sum())
@@ -157,13 +159,19 @@ class ReplayNight(Night):
     def _release(self, layer: int) -> None:
         block, sizes = self.state.blocks[layer], self._sizes(layer)
         marked = (block.fast.asleep >= 0).sum(-1)
-        cost = release_cost(sizes, int(marked.max()))
+        cost = total(keys_cost(sizes), release_cost(sizes, int(marked.max())))
         if not bool(marked.any()) or not self.affords(cost):
             return
         self.spend("sleep", cost)
-        store, fast = release(block.store, block.fast, self.config.tolerance, self.generator)
-        self.released += int((block.store.position >= 0).sum() - (store.position >= 0).sum())
+        left, fast = release(self._seen(layer), block.fast, self.config.tolerance, self.generator)
+        self.released += int((block.store.position >= 0).sum() - (left.position >= 0).sum())
+        store = emptied(block.store, left.position < 0)
         self._put(layer, block._replace(store=store, fast=fast))
+
+    def _seen(self, layer: int) -> StoreState:
+        """The store with its keys as fast weights see them."""
+        store, attention = self.state.blocks[layer].store, self.model.blocks[layer].attention
+        return store._replace(k=attention.fast.space.keys(store.k))
 
     def _put(self, layer: int, block: BlockState) -> None:
         blocks = list(self.state.blocks)
@@ -177,8 +185,8 @@ class ReplayNight(Night):
 def _unit_cost(sizes: Sizes) -> Cost:
     """What a unit may cost at most, its gate included."""
     num_pairs = sizes.unit_pairs
-    parts = (write_cost(sizes, num_pairs), mark_cost(sizes), gate_cost(sizes, num_pairs))
-    return total(choose_cost(sizes, num_pairs), *parts)
+    chosen = (keys_cost(sizes), choose_cost(sizes, num_pairs), mark_cost(sizes))
+    return total(*chosen, write_cost(sizes, num_pairs), gate_cost(sizes, num_pairs))
 
 
 def _by_head(heads: Tensor, new: FastState, old: FastState) -> FastState:

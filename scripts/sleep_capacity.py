@@ -23,7 +23,8 @@ from wakesleep.consolidation.replay import change, choose, mark, take
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.kernels.rehearsed_write import rehearsed_write
 from wakesleep.streams.quantities import size
-from wakesleep.ttl.fast import answer, no_fast_weights, unit_key
+from wakesleep.ttl.fast import answer, no_fast_weights
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.state import SPAN, StoreState, flatten
 
 LANES, HEADS, LAM = 4, 4, 0.05

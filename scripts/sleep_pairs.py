@@ -103,7 +103,8 @@ def at_once(model: TTLModel, pairs: Pairs, state: StreamState) -> StreamState:
     blocks = list(state.blocks)
     for layer in model.config.fast_layers:
         store, fast = full.blocks[layer].store, blocks[layer].fast
-        k, v, good = readable(store)
+        k = model.blocks[layer].attention.fast.space.keys(store.k)
+        k, v, good = readable(store._replace(k=k))
         lane = torch.arange(len(pairs.tokens))[:, None, None]
         value = pairs.tokens >= model.config.vocab_size // 2
         known = good & value[lane, store.position.clamp(min=0)]

@@ -29,7 +29,8 @@ from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.kernels.rehearsed_write import rehearsed_write
 from wakesleep.streams.session import Session
-from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights, unit_key
+from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import StoreState, StreamState
 

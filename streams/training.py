@@ -37,6 +37,7 @@ from wakesleep.streams.training_data import (
 )
 from wakesleep.streams.training_draws import Blind, Draw, draw_blind, draw_step, never
 from wakesleep.streams.training_health import GateMeans, add_health
+from wakesleep.streams.training_key_space import KeySpaces
 from wakesleep.streams.training_metrics import Means, add_answers, add_losses, counted, measured
 from wakesleep.streams.training_run import RunFolder, make_trainer
 from wakesleep.streams.training_samples import sample_answer
@@ -75,7 +76,7 @@ class StreamModule(lightning.LightningModule):
         self.means = Means(counted(self.kinds))
         self._tokenizer = text_tokenizer(config)
         self.ranks = ALONE
-        self._gates = GateMeans(self.model)
+        self._gates, self._key_spaces = GateMeans(self.model), KeySpaces(self.model)
         self._failed: TrainingFailed | None = None  # in this step; raised when all ranks know
         self._rng: dict[str, Any] | None = None  # of a checkpoint, until training starts
 
@@ -92,6 +93,7 @@ class StreamModule(lightning.LightningModule):
         batch, draw, total = self._deal(batch.cursor, batch)
         start, floor = self._start(draw, self.state), admission.threshold
         self._gates.start()
+        self._key_spaces.start()
         read = unroll(
             self.model, batch, start, draw, self.pool, floor, recompute, hidden, self.ranks
         )
@@ -103,6 +105,8 @@ class StreamModule(lightning.LightningModule):
         self._count(self.means, tokens, read, batch, draw)
         self._gates.add_to(self.means)
         add_health(self.means, read.state, read.surprise)
+        if draw.sleeps is not None and self._failed is None:
+            self._key_spaces.take(read.state, self.ranks)
         if self.config.carries:
             self.state = detach(read.state)
         elif self.config.admission.distractor_share:
@@ -139,6 +143,10 @@ class StreamModule(lightning.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def on_after_backward(self) -> None:
+        """From the next step on, queries and keys are seen by what this one has shown."""
+        self._key_spaces.follow()
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
@@ -367,14 +375,16 @@ def _start_from(model: TTLModel, config: TrainConfig) -> None:
 
     The window and the store's capacity may be other ones: no weight depends on them. Layers
     may lack the memory or the store that they have there: a twin without a part. They may have
-    fast weights that they lack there: until something is written, these say nothing.
+    fast weights that they lack there: until something is written, these say nothing. And those may
+    be of another kind: the read has the same weights.
     """
     shipped = config.train.start == "default"
     found = load_model(DEFAULT if shipped else config.train.start)
     before, now = flat(found.config), flat(config.model)
     for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
         fewer = key in ("memory_layers", "store_layers") and set(now[key]) <= set(before[key])
-        unread = key in ("fast.lam", "fast.passes") or (key == "fast_layers" and not before[key])
+        unread = key.startswith("fast.") and (key != "fast.write" or not before["fast_layers"])
+        unread = unread or (key == "fast_layers" and not before[key])
         if before.get(key) != now.get(key) and not fewer and not unread:
             raise Refused(
                 f"model.{key} is {before.get(key)} there and {now.get(key)} here",

@@ -20,8 +20,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wakesleep.consolidation.gate import set_aside
 from wakesleep.consolidation.replay import change, choose, emptied
 from wakesleep.streams.distractors import own
+from wakesleep.ttl.key_space import KeySpace
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.resize import clear_window
 from wakesleep.ttl.state import BlockState, StreamState, merge
@@ -58,23 +60,29 @@ def sleep_drop(
     """
     generator = torch.Generator().manual_seed(seed)
     lam, blocks = model.config.fast.lam, []
-    for block in state.blocks:
+    for block, module in zip(state.blocks, model.blocks, strict=True):
         if block.store is not None and block.fast.asleep.numel():
-            slept = _slept(block, num_pairs, lam, generator, foreign)
+            space = module.attention.fast.space
+            slept = _slept(block, space, state.lane, num_pairs, lam, generator, foreign)
             block = merge(lanes, slept, block)
         blocks.append(block)
     return state._replace(blocks=tuple(blocks))
 
 
-def _slept(block: BlockState, num_pairs: int, lam: float, generator, foreign) -> BlockState:
+def _slept(
+    block: BlockState, space: KeySpace, lane: Tensor, num_pairs: int, lam: float, generator, foreign
+) -> BlockState:
     store = block.store
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(store.k.device.type, enabled=False):  # as sleep writes
         drawn = torch.rand(store.position.shape[1:], generator=generator).to(store.position.device)
         others = (store.position >= 0) & ~own(store.position, foreign)
         some = (num_pairs / others.sum(-1, keepdim=True).clamp(min=1)).clamp(max=OFFERED)
         offered = torch.where(drawn < torch.where(others, some, OFFERED), store.position, -1)
-        pairs = choose(store._replace(position=offered), block.fast, num_pairs, UNKNOWN)
+        seen = store._replace(k=space.keys(store.k), position=offered)
+        pairs = choose(seen, block.fast, num_pairs, UNKNOWN)
         fast = change(block.fast, pairs, lam, generator)
+        position = store.position.gather(-1, pairs.place)
+        fast = set_aside(fast, pairs, position, pairs.chosen, lane)  # an MLP rehearses old keys
         free = torch.zeros_like(store.position, dtype=torch.bool)
         free = free.scatter(-1, pairs.place, pairs.chosen)
     return block._replace(store=emptied(store, free), fast=fast)

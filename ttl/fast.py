@@ -1,8 +1,9 @@
 """Fast weights: a memory per head that shares queries, keys and values with the window.
 
 A pair of the store is a pair of the fast weights: sleep writes it once more, here, and its place in
-the store is free. Keys and queries are of length 1 and know no position. A gate per head and token
-says how much of an answer is read: where nothing is asked, it can be shut.
+the store is free. Keys and queries know no position and are of length 1, without what all of them
+share (`key_space.py`). A gate per head and token says how much of an answer is read: where nothing
+is asked, it can be shut.
 
     kind="matrix"   a linear memory: written in closed form, holds about K pairs (safe)
     kind="mlp"      two layers: written by gradient steps, holds several times as many (capacity)
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from wakesleep.kernels.delta_rule import DeltaMemory
 from wakesleep.kernels.rehearsed_write import first_weights, mlp_answer
 from wakesleep.ttl.grid import Grid, carry, from_chunks, gather, scatter, to_chunks
+from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.memory_scan import Chunks, scan
 from wakesleep.ttl.state import FastState, KeyState, ProbeState
 
@@ -75,6 +77,7 @@ class FastWeights(nn.Module):
         starts = torch.tensor([GATE_INIT]).expm1().log()
         if awake:
             starts = torch.cat([starts, torch.tensor([KEEP_INIT, STEP_INIT]).logit()])
+        self.space = None if awake else KeySpace(num_heads, head_dim)
         self.gates = nn.Linear(dim, len(starts) * num_heads)  # read, then keep and step
         nn.init.normal_(self.gates.weight, std=GATE_STD)
         with torch.no_grad():
@@ -108,8 +111,8 @@ class FastWeights(nn.Module):
         """
         gates = self.gates(x).to(state.gates.dtype)
         opened = F.softplus(gates[..., : self.num_heads])[..., None]  # [B, T, H, 1]
-        if self.config.write == "asleep":
-            return (read(q, state) * opened).to(q.dtype), state
+        if self.space is not None:
+            return (read(self.space(q), state) * opened).to(q.dtype), state
         gates = gates[..., self.num_heads :].sigmoid()
         gates = gates.unflatten(-1, (2, self.num_heads)).transpose(-1, -2)
         gates = scatter(grid, gates, state.gates)  # [B, G, H, 2]
@@ -201,8 +204,3 @@ def follow(asleep: Tensor, position: Tensor) -> Tensor:
         return torch.full_like(position, -1)
     found = torch.searchsorted(known, position).clamp(max=known.shape[-1] - 1)
     return torch.where(known.gather(-1, found) == position, position, -1)
-
-
-def unit_key(k: Tensor) -> Tensor:
-    """Keys or queries [..., K] at length 1, float32 at least; zeros stay zeros."""
-    return F.normalize(k.to(torch.promote_types(k.dtype, torch.float32)), dim=-1, eps=1e-6)

@@ -9,13 +9,15 @@ from wakesleep.consolidation.costs import (
     audit_cost,
     choose_cost,
     gate_cost,
+    keys_cost,
     mark_cost,
     release_cost,
     write_cost,
 )
 from wakesleep.consolidation.gate import NOISE_CUES, audit, judge, known_after, without_superseded
 from wakesleep.consolidation.replay import change, choose, mark, release
-from wakesleep.ttl.fast import no_fast_weights, unit_key
+from wakesleep.ttl.fast import no_fast_weights
+from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.state import SPAN, StoreState
 
 B, H = 2, 3
@@ -38,6 +40,8 @@ def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs, hidden):
     fast = no_fast_weights(pair, B, H, head_dim, places, hidden=hidden)
     linalg = 0 if hidden else B * H * (-(-(head_dim**3) // 3) + 2 * head_dim**3)
 
+    flops, keys = count(KeySpace(H, head_dim).keys, store.k)
+    assert flops == keys_cost(sizes).flops and torch.equal(keys, unit_key(store.k))
     flops, pairs = count(choose, store, fast, num_pairs, 0.9)
     assert flops == choose_cost(sizes, num_pairs).flops
     flops, full = count(change, fast, pairs, 0.05, torch.Generator().manual_seed(0))

@@ -14,7 +14,8 @@ from wakesleep.consolidation.gate import (
     without_superseded,
 )
 from wakesleep.consolidation.replay import Pairs, change, take
-from wakesleep.ttl.fast import OLD_KEYS, PROBES, no_fast_weights, unit_key
+from wakesleep.ttl.fast import OLD_KEYS, PROBES, no_fast_weights
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.state import FastState, KeyState, select
 
 B, H, K, OLD, NEW = 25, 4, 128, 80, 16

@@ -11,7 +11,8 @@ from wakesleep.consolidation.gate import NOISE_CUES, judge, set_aside
 from wakesleep.consolidation.replay import Pairs, change
 from wakesleep.consolidation.sleep import sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
-from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights, unit_key
+from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import named_tensors
 from wakesleep.ttl.store import StoreConfig

@@ -7,7 +7,8 @@ import torch
 
 from wakesleep.consolidation.replay import change, choose, mark, release, take
 from wakesleep.kernels.protected_write import joint_ridge
-from wakesleep.ttl.fast import no_fast_weights, unit_key
+from wakesleep.ttl.fast import no_fast_weights
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import SPAN, KeyState, ProbeState, StoreState
 from wakesleep.ttl.store import StoreConfig

@@ -13,7 +13,7 @@ from wakesleep.streams.training_config import AdmissionConfig, DataConfig, StepC
 from wakesleep.streams.training_data import open_source
 from wakesleep.streams.training_draws import draw_step
 from wakesleep.streams.training_sleep import sleep_drop
-from wakesleep.ttl.fast import unit_key
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import named_tensors, select
 from wakesleep.ttl.store import StoreConfig
@@ -64,6 +64,45 @@ def test_what_left_the_store_is_given_back_by_the_fast_weights(module):
     pairs = zip(named_tensors(select(after, rest)), named_tensors(select(state, rest)), strict=True)
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
     assert torch.equal(after.blocks[0].store.position, state.blocks[0].store.position)
+
+
+def test_a_training_in_bfloat16_writes_as_sleep_does(module):
+    model = module.model
+    with torch.no_grad():
+        state = model(torch.randint(64, (LANES, 48)), model.init_state(LANES))[1]
+    lanes = torch.ones(LANES, dtype=torch.bool)
+    exact = sleep_drop(model, state, lanes, 5, seed=3).blocks[1].fast.s
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sleep_drop(model, state, lanes, 5, seed=3).blocks[1].fast.s, exact)
+
+
+def moments(x):
+    """Mean and covariance of the rows of x [n, K]."""
+    return x.mean(0), x.double().T.cov(correction=0)
+
+
+def test_behind_a_step_with_sleeps_the_maps_follow_its_queries_and_keys(module):
+    space, source, asked = module.model.blocks[1].attention.fast.space, open_source(CONFIG), []
+    space.register_forward_hook(lambda _space, inputs, _mapped: asked.append(inputs[0].detach()))
+    for number in range(4):
+        before = {name: value.clone() for name, value in space.named_buffers()}
+        asked.clear()
+        loss = module.training_step(source.batch(number), number)
+        assert all(torch.equal(value, before[name]) for name, value in space.named_buffers())
+        loss.backward()
+        module.on_after_backward()
+        slept = module._deal(number, source.batch(number))[1].sleeps is not None
+        assert int(space.updates) - int(before["updates"]) == int(slept)
+        if int(space.updates) == int(slept) == 1:
+            for head in range(2):
+                mean, covariance = moments(
+                    torch.cat([q[..., head, :].flatten(0, 1) for q in asked])
+                )
+                torch.testing.assert_close(space.mean[0, head, 0], mean, atol=1e-5, rtol=1e-4)
+                close = {"atol": 1e-4, "rtol": 1e-3}
+                torch.testing.assert_close(space.covariance[0, head].double(), covariance, **close)
+    assert int(space.updates) >= 2
+    assert (space.mean[1] != 0).all() and not torch.equal(space.white[0], space.white[1])
 
 
 def test_of_many_distractors_few_are_moved_and_of_the_text_itself_a_half(module):

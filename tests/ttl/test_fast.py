@@ -7,15 +7,9 @@ import torch
 
 from wakesleep.kernels.memory_reference import Tokens, delta_loop
 from wakesleep.kernels.protected_write import protected_write
-from wakesleep.ttl.fast import (
-    FastConfig,
-    FastWeights,
-    follow,
-    no_fast_weights,
-    read,
-    unit_key,
-)
+from wakesleep.ttl.fast import FastConfig, FastWeights, follow, no_fast_weights, read
 from wakesleep.ttl.grid import make_grid, scatter
+from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import FastState
 
