@@ -15,7 +15,7 @@ from typing import NamedTuple
 from wakesleep.consolidation.budget import Cost
 from wakesleep.consolidation.gate import NOISE_CUES
 from wakesleep.consolidation.gate import STEPS as STEPS_TRIED
-from wakesleep.consolidation.replay import NOISE_KEYS
+from wakesleep.consolidation.replay import NOISE_KEYS, held_keys
 from wakesleep.kernels.rehearsed_write import STEPS
 from wakesleep.ttl.fast import OLD_KEYS, PROBES, is_linear
 from wakesleep.ttl.state import BlockState
@@ -29,6 +29,7 @@ class Sizes(NamedTuple):
     head_dim: int  # K
     itemsize: int  # bytes of a number in the store
     hidden: int = 0  # M of an MLP, 0 of a matrix
+    held: int = 0  # old keys that an MLP rehearses
 
     @property
     def adds(self) -> int:
@@ -49,13 +50,14 @@ class Sizes(NamedTuple):
 def sizes_of(block: BlockState) -> Sizes:
     """Sizes of a layer that has both."""
     B, H, S, K = block.store.k.shape
-    s = block.fast.s
-    return Sizes(B * H, S, K, block.store.k.element_size(), 0 if is_linear(s) else s.shape[-1] // 2)
+    s, itemsize = block.fast.s, block.store.k.element_size()
+    hidden = 0 if is_linear(s) else s.shape[-1] // 2
+    return Sizes(B * H, S, K, itemsize, hidden, held_keys(block.fast))
 
 
 def keys_cost(sizes: Sizes) -> Cost:
     """Of making the keys of all places such as fast weights see them."""
-    X, S, K, itemsize, _ = sizes
+    X, S, K, itemsize, *_ = sizes
     return Cost(2 * X * S * K * K, X * S * K * (itemsize + 4))
 
 
@@ -70,11 +72,11 @@ def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
 
 
 def write_cost(sizes: Sizes, num_pairs: int) -> Cost:
-    """Of the write of a unit: the protected one of a matrix in float64, the steps of an MLP."""
-    X, S, K, _, M = sizes
+    """Of a write of num_pairs: the protected one of a matrix in float64, the steps of an MLP."""
+    X, S, K, _, M, held = sizes
     n = min(num_pairs, S)
     if M:
-        R = sizes.old_keys + NOISE_KEYS * K
+        R = held + NOISE_KEYS * K
         adds = R * sizes.adds + STEPS * 5 * (n + R) * K * M
         rows = X * (n + R) * 2 * K * 4
         return Cost(2 * X * adds, STEPS * (4 * _weights(sizes) + rows))

@@ -1,10 +1,14 @@
 """Replay: pairs of the exact store are written into fast weights, and their places become free.
 
 A unit of replay takes a block of pairs per head: those that are needed most and that the fast
-weights give back worst. It never takes a pair whose key was stored again later: that value is no
-longer true. After the write, what the fast weights give back is marked. A later sleep asks for the
-marked pairs in another way; what it still finds leaves the store, and what a released pair had
-superseded leaves with it, or the old value would be read again.
+weights give back worst. It never takes a pair whose score says that nobody will ask for it, nor one
+whose key was stored again later: that value is no longer true. After the write, those that the fast
+weights give back are marked. A later sleep asks for the marked pairs in another way; what it still
+finds leaves the store, and what a released pair had superseded leaves with it, or the old value
+would be read again.
+
+A pair that was never written is not marked, however much an answer resembles its value: the values
+of different words may be that much alike, and the store is the only place that has it.
 
 All functions take the state of one layer and return the next; they work on all lanes and heads.
 
@@ -41,22 +45,22 @@ class Pairs(NamedTuple):
     replaces: Tensor  # [B, H, n] bool: a probe or an old key says that it had another value
 
 
-def choose(store: StoreState, fast: FastState, num_pairs: int, tolerance: float) -> Pairs:
+def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> Pairs:
     """The pairs that a unit should write, by need times gain; num_pairs per head at most.
 
     Need is a pair's rank by score in its head, gain the share of its value that is not given back.
-    Left out are pairs that are not finite, marked or set aside as probes, those that are given back
-    already, and those that a later pair with the same key supersedes.
+    Left out are pairs that are not finite, marked or set aside as probes, those with too small a
+    score, and those that a later pair with the same key supersedes.
 
     Args:
-        tolerance: cosine of an answer with the value, from which on a pair is given back.
+        worth: score from which on a pair is worth a write.
     """
     k, v, usable = readable(store)
     told = answer(fast.s, k)
     gain = ((v - told).norm(dim=-1) / v.norm(dim=-1).clamp(min=1e-6)).clamp(max=1)
     need = store.score.argsort(dim=-1).argsort(dim=-1) + 1.0
     aside = (store.position[..., None] == fast.probes.position[..., None, :]).any(-1)
-    usable &= (fast.asleep != store.position) & ~aside & ~_known(told, v, tolerance)
+    usable &= (store.score >= worth) & (fast.asleep != store.position) & ~aside
     worth = torch.where(usable, need * gain, -torch.inf)
     order = worth.argsort(dim=-1, descending=True, stable=True)[..., : 2 * num_pairs]
     old = _superseded(take(k, order), store.position.gather(-1, order), k, store.position)
@@ -90,17 +94,24 @@ def change(
             raise ValueError("the write of an MLP needs a generator")
         B, H, _, K = fast.old.k.shape
         noise = unit_key(torch.randn(NOISE_KEYS * K, K, generator=generator)).to(fast.s)
-        old = torch.cat([fast.old.k.to(fast.s.dtype), noise.expand(B, H, -1, -1)], 2)
+        held = fast.old.k[:, :, : held_keys(fast)].to(fast.s.dtype)
+        old = torch.cat([held, noise.expand(B, H, -1, -1)], 2)
         return fast._replace(s=rehearsed_write(fast.s, pairs.k, pairs.v, weight, old))
     given = (fast.s, fast.covariance, pairs.k, pairs.v)
     s, covariance = protected_write(*given, lam, weight)
     return fast._replace(s=s, covariance=covariance)
 
 
-def mark(store: StoreState, fast: FastState, tolerance: float) -> FastState:
-    """Mark the stored pairs that the fast weights give back, and no others."""
+def mark(store: StoreState, fast: FastState, pairs: Pairs, tolerance: float) -> FastState:
+    """Mark the pairs just written, and keep the marks of others, where they are given back.
+
+    Args:
+        tolerance: cosine of an answer with the value, from which on a pair is given back.
+    """
     k, v, usable = readable(store)
-    known = usable & _known(answer(fast.s, k), v, tolerance)
+    wrote = torch.zeros_like(usable).scatter(-1, pairs.place, pairs.chosen)
+    usable &= wrote | (fast.asleep == store.position)
+    known = usable & (torch.cosine_similarity(answer(fast.s, k), v, dim=-1) >= tolerance)
     return fast._replace(asleep=torch.where(known, store.position, -1))
 
 
@@ -132,6 +143,13 @@ def release(
     return emptied(store, free), fast._replace(asleep=torch.full_like(fast.asleep, -1))
 
 
+def held_keys(fast: FastState) -> int:
+    """Rows in front of an MLP's old keys that hold one in any head; 0 of a matrix."""
+    held = fast.old.position >= 0 if fast.old else fast.asleep[..., :0] >= 0
+    rows = held.flatten(0, -2).any(0).nonzero()
+    return int(rows[-1]) + 1 if len(rows) else 0
+
+
 def take(t: Tensor, place: Tensor) -> Tensor:
     """Rows [B, H, n, ...] of t [B, H, S, ...] at place [B, H, n]."""
     index = place.view(*place.shape, *[1] * (t.dim() - 3)).expand(*place.shape, *t.shape[3:])
@@ -145,10 +163,6 @@ def readable(store: StoreState) -> tuple[Tensor, Tensor, Tensor]:
     good &= (k.square().sum(-1) > 0.5) & (v.square().sum(-1) > 0)
     k, v = (torch.where(good[..., None], t, 0.0) for t in (k, v))
     return k, v, good
-
-
-def _known(told: Tensor, v: Tensor, tolerance: float) -> Tensor:
-    return torch.cosine_similarity(told, v, dim=-1) >= tolerance
 
 
 def _superseded(k: Tensor, position: Tensor, others: Tensor, others_at: Tensor) -> Tensor:

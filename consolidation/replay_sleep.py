@@ -37,7 +37,15 @@ from wakesleep.consolidation.gate import (
     without_superseded,
 )
 from wakesleep.consolidation.night import INTERRUPTED, Night, share, total
-from wakesleep.consolidation.replay import change, choose, emptied, mark, release, take
+from wakesleep.consolidation.replay import (
+    Pairs,
+    change,
+    choose,
+    emptied,
+    mark,
+    release,
+    take,
+)
 from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import BlockState, FastState, StoreState, map_state
@@ -119,16 +127,15 @@ class ReplayNight(Night):
     def _unit(self, layer: int) -> bool:
         """Write one unit in one layer; False if there was nothing to write, or nothing passed."""
         block, sizes = self.state.blocks[layer], self._sizes(layer)
-        num_pairs, tolerance = sizes.unit_pairs, self.config.tolerance
-        self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, num_pairs)))
+        tolerance = self.config.tolerance
+        self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, sizes.unit_pairs)))
         seen = self._seen(layer)
-        pairs = choose(seen, block.fast, num_pairs, tolerance)
-        self.spend("sleep", mark_cost(sizes))
-        if not bool(pairs.chosen.any()):
-            fast = mark(seen, block.fast, tolerance)
-            self._put(layer, block._replace(fast=fast))
+        pairs = choose(seen, block.fast, sizes.unit_pairs, self.config.worth)
+        num_pairs = int(pairs.chosen.sum(-1).max())
+        pairs = Pairs(*(t[:, :, :num_pairs] for t in pairs))
+        if not num_pairs:
             return False
-        self.spend("sleep", write_cost(sizes, num_pairs))
+        self.spend("sleep", total(write_cost(sizes, num_pairs), mark_cost(sizes)))
         self.spend("gate", gate_cost(sizes, num_pairs))
         lam = self.model.config.fast.lam
         fast = without_superseded(block.fast, pairs)
@@ -142,7 +149,7 @@ class ReplayNight(Night):
         position = take(block.store.position, pairs.place)
         new = set_aside(new, pairs, position, known, self.state.lane)
         # heads that did not pass keep their probes and old keys as well, superseded or not
-        new = _by_head(passed, mark(seen, new, tolerance), block.fast)
+        new = _by_head(passed, mark(seen, new, pairs, tolerance), block.fast)
         self._put(layer, block._replace(fast=new))
         tried = pairs.chosen.any(-1)
         refused = int((tried & ~passed).sum())

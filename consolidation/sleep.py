@@ -60,16 +60,17 @@ def least_cost(model: TTLModel, state: StreamState, config: SleepConfig) -> int:
         return _night(model, state, config, Ledger(), torch.Generator()).least
 
 
-def pressure(state: StreamState) -> float:
-    """Share of the places of all stores beside fast weights that hold a pair.
+def pressure(state: StreamState, worth: float) -> float:
+    """Share of the places of all stores beside fast weights that hold a pair with such a score.
 
-    One that the fast weights know counts as well: the next sleep makes its place free.
+    What is worth less may be overwritten at any time. A pair that the fast weights know counts as
+    well: the next sleep makes its place free.
     """
     held = places = 0
     for block in state.blocks:
         if block.store is not None and block.fast.asleep.numel():
-            position = block.store.position
-            held, places = held + int((position >= 0).sum()), places + position.numel()
+            worthy = (block.store.position >= 0) & (block.store.score >= worth)
+            held, places = held + int(worthy.sum()), places + worthy.numel()
     return held / places if places else 0.0
 
 

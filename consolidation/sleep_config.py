@@ -18,11 +18,12 @@ class SleepConfig:
     burst: float = math.inf  # FLOPs that can be saved up
     passes: int | None = None  # replay: units of a layer in one sleep, 8; else N with reading, 2
     trigger: tuple[Trigger, ...] = ()  # any of them asks for sleep; () = the rule's own
-    every: int = 65_536  # tokens between two sleeps of `every`, and the shortest distance of others
+    every: int = 4096  # tokens between two sleeps of `every`, and the shortest distance of others
     high: float = 0.8  # pressure from which on sleep is wanted
     low: float = 0.5  # pressure from which on it is not any more
     surprise: float = 4096.0  # sum of surprise above its mean that asks, in means
-    tolerance: float = 0.9  # cosine of an answer with the value, from which on a pair is known
+    worth: float = 0.0  # score from which on a pair is worth it; learned: as likely asked as not
+    tolerance: float = 0.6  # cosine of an answer with the value, from which on a pair is known
     tail_loss: float = 0.01  # nats per token that the prediction of the window may lose
     evict: Literal["keep", "hard"] = "keep"  # hard: passes leave the window empty
     span_tokens: int | None = None  # text of the store that `cross` passes over; as the window
@@ -37,6 +38,7 @@ class SleepConfig:
             "low": (0, 1),
             "high": (0, 1),
             "surprise": (1e-6, 1e12),
+            "worth": (-1e12, 1e12),
             "tolerance": (0.01, 0.9999),
             "tail_loss": (0, 100),
         }

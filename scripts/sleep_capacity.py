@@ -13,6 +13,7 @@ value is the nearest of all values.
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def replayed(
     sizes = (LANES, HEADS, width, store.k.shape[2])
     fast = no_fast_weights(store.k, *sizes, hidden=expansion * width)
     for _ in range(MOST_UNITS):
-        pairs = choose(store, fast, 2 * width if expansion else width // 2, tolerance)
+        pairs = choose(store, fast, 2 * width if expansion else width // 2, -math.inf)
         full = change(fast, pairs, LAM, generator)
         cues = unit_key(torch.randn(NOISE_CUES, width, generator=generator))
         step = judge(fast, full, pairs, cues, tolerance).step
@@ -58,7 +59,7 @@ def replayed(
         new = advance(fast, full, step)
         known = known_after(new, pairs, tolerance) & (step > 0)[..., None]
         position = take(store.position, pairs.place)
-        fast = mark(store, set_aside(new, pairs, position, known, lane), tolerance)
+        fast = mark(store, set_aside(new, pairs, position, known, lane), pairs, tolerance)
     return fast.s
 
 

@@ -84,7 +84,11 @@ def carry_out(model, state: StreamState, layer: int, place: Tensor, items: int, 
     full = state.blocks[layer].store
     unit = sizes_of(state.blocks[layer]).unit_pairs
     config = SleepConfig(
-        rule="replay", passes=-(-items // unit), tail_loss=100.0, tolerance=tolerance
+        rule="replay",
+        passes=-(-items // unit),
+        tail_loss=100.0,
+        tolerance=tolerance,
+        worth=-1e9,  # whatever its score, what is shown is written
     )
     for number in range(place.shape[-1] // items):
         now = place[..., number * items : (number + 1) * items]

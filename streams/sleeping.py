@@ -123,6 +123,6 @@ class Sleeper:
             tokens=runner.tokens // lanes,
             segment=segment // lanes,
             surprise=runner.last_surprise,
-            pressure=pressure(runner.state),
+            pressure=pressure(runner.state, self.config.worth),
             idle=idle,
         )

@@ -15,6 +15,7 @@ Shapes: B lanes, H heads, S store places.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,6 @@ from wakesleep.ttl.resize import clear_window
 from wakesleep.ttl.state import BlockState, StreamState, merge
 
 OFFERED = 0.5  # share of the document's stored pairs
-UNKNOWN = 0.999  # cosine below which a pair is written, whatever else the fast weights hold
 
 
 def sleep_through(model: TTLModel, state: StreamState, num_passes: int, evict: str) -> StreamState:
@@ -79,7 +79,7 @@ def _slept(
         some = (num_pairs / others.sum(-1, keepdim=True).clamp(min=1)).clamp(max=OFFERED)
         offered = torch.where(drawn < torch.where(others, some, OFFERED), store.position, -1)
         seen = store._replace(k=space.keys(store.k), position=offered)
-        pairs = choose(seen, block.fast, num_pairs, UNKNOWN)
+        pairs = choose(seen, block.fast, num_pairs, worth=-math.inf)
         fast = change(block.fast, pairs, lam, generator)
         position = store.position.gather(-1, pairs.place)
         fast = set_aside(fast, pairs, position, pairs.chosen, lane)  # an MLP rehearses old keys

@@ -38,11 +38,15 @@ def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs, hidden):
     span = torch.zeros(B, H, places, SPAN, dtype=torch.int32)
     store = StoreState(*pair, number, number, number.argsort(-1), span, number[..., :3])
     fast = no_fast_weights(pair, B, H, head_dim, places, hidden=hidden)
+    if hidden:
+        sizes = sizes._replace(held=3)
+        fast.old.k[:, :, :3] = unit_key(torch.randn(B, H, 3, head_dim))
+        fast.old.position[:, :, :3] = 1
     linalg = 0 if hidden else B * H * (-(-(head_dim**3) // 3) + 2 * head_dim**3)
 
     flops, keys = count(KeySpace(H, head_dim).keys, store.k)
     assert flops == keys_cost(sizes).flops and torch.equal(keys, unit_key(store.k))
-    flops, pairs = count(choose, store, fast, num_pairs, 0.9)
+    flops, pairs = count(choose, store, fast, num_pairs, -1e9)
     assert flops == choose_cost(sizes, num_pairs).flops
     flops, full = count(change, fast, pairs, 0.05, torch.Generator().manual_seed(0))
     assert flops + linalg == write_cost(sizes, num_pairs).flops
@@ -52,7 +56,7 @@ def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs, hidden):
     flops += count(known_after, full, pairs, 0.9)[0]
     assert flops == gate_cost(sizes, num_pairs).flops
     assert count(audit, fast, 0.9)[0] == audit_cost(sizes).flops
-    flops, full = count(mark, store, full, 0.9)
+    flops, full = count(mark, store, full, pairs, 0.9)
     assert flops == mark_cost(sizes).flops
     most = int((full.asleep >= 0).sum(-1).max())
     assert most > 0

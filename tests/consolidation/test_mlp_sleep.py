@@ -103,9 +103,9 @@ def build(kind: str) -> tuple[TTLModel, ModelConfig]:
 
 
 def night(model, state, ledger=PLENTY, seed=0, **options):
-    options = {"rule": "replay", "offline_ratio": 1.0, "tail_loss": 9.0, "tolerance": 0.5} | options
-    generator = torch.Generator().manual_seed(seed)
-    return sleep(model, state, SleepConfig(**options), ledger, generator)
+    usual = {"offline_ratio": 1.0, "tail_loss": 9.0, "tolerance": 0.5, "worth": -9.0}
+    config = SleepConfig(rule="replay", **(usual | options))
+    return sleep(model, state, config, ledger, torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_more_is_written_than_into_a_matrix_and_nothing_else_changes(read):
     linear = night(matrix, other)[2]
     assert config.fast.kind == "matrix" and report.written > 1.2 * linear.written > 0
     again, _, second = night(model, after, ledger, seed=1)
-    assert second.released > 0.8 * report.written and second.audit > 0.9
+    assert second.released > 0.7 * report.written and second.audit > 0.9
     assert (again.blocks[1].store.position >= 0).sum() < (state.blocks[1].store.position >= 0).sum()
 
 

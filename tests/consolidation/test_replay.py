@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from wakesleep.consolidation.replay import change, choose, mark, release, take
+from wakesleep.consolidation.replay import change, choose, held_keys, mark, release, take
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.ttl.fast import no_fast_weights
 from wakesleep.ttl.key_space import unit_key
@@ -44,8 +46,8 @@ def awake(store: StoreState):
 
 def sleep(store, fast, num_pairs=8):
     """Choose, write at full step and mark."""
-    pairs = choose(store, fast, num_pairs, TOLERANCE)
-    return pairs, mark(store, change(fast, pairs, LAM), TOLERANCE)
+    pairs = choose(store, fast, num_pairs, -math.inf)
+    return pairs, mark(store, change(fast, pairs, LAM), pairs, TOLERANCE)
 
 
 def test_what_is_written_is_the_ridge_fit_to_the_chosen_pairs_unit_after_unit():
@@ -115,7 +117,7 @@ def test_an_empty_store_has_nothing_to_write():
     assert torch.equal(kept.position, store.position)
 
 
-def test_of_two_equal_pairs_one_is_written_and_both_are_marked():
+def test_of_two_equal_pairs_one_is_written_and_both_leave():
     store = make_store()
     k, v = store.k.clone(), store.v.clone()
     k[:, :, 1], v[:, :, 1] = k[:, :, 0], v[:, :, 0]
@@ -123,7 +125,40 @@ def test_of_two_equal_pairs_one_is_written_and_both_are_marked():
     pairs, fast = sleep(store, awake(store))
     twice = pairs.chosen & (pairs.place < 2)
     assert (twice.sum(-1) == 1).all()
-    assert (fast.asleep[..., :2] == store.position[..., :2]).all()
+    assert ((fast.asleep[..., :2] == store.position[..., :2]).sum(-1) == 1).all()
+    left, _ = release(store, fast, TOLERANCE, torch.Generator().manual_seed(0))
+    assert (left.position[..., :2] == -1).all()
+
+
+def test_what_is_not_worth_it_is_never_written_however_much_is_free():
+    store = make_store()
+    pairs = choose(store, awake(store), S, 0.5)
+    assert torch.equal(pairs.chosen.sum(-1), (store.score >= 0.5).sum(-1))
+    assert (store.score.gather(-1, pairs.place)[pairs.chosen] >= 0.5).all()
+
+
+def test_only_what_was_written_is_marked_however_well_others_are_given_back():
+    """Another key with the same value, near enough to be answered with it."""
+    store = make_store()
+    k, v, score = store.k.clone(), store.v.clone(), store.score.clone()
+    k[:, :, 1] = unit_key(k[:, :, 0]) + 0.3 * unit_key(k[:, :, 1])
+    v[:, :, 1], score[:, :, 0], score[:, :, 1] = v[:, :, 0], 9.0, -9.0
+    store = store._replace(k=k, v=v, score=score)
+    pairs, fast = sleep(store, awake(store), num_pairs=1)
+    told = unit_key(store.k) @ fast.s
+    assert (torch.cosine_similarity(told, store.v, dim=-1)[:, :, 1] > TOLERANCE).all()
+    assert (pairs.place == 0).all() and (fast.asleep[:, :, 0] >= 0).all()
+    assert ((fast.asleep >= 0).sum(-1) == 1).all()
+    _, again = sleep(store, fast, num_pairs=1)  # marks of earlier units stay
+    assert ((again.asleep >= 0).sum(-1) == 2).all() and (again.asleep[:, :, 0] >= 0).all()
+
+
+def test_an_mlp_rehearses_as_many_old_keys_as_it_has():
+    store = make_store()
+    fast = no_fast_weights(store.k, B, H, K, S, hidden=2 * K)
+    assert held_keys(fast) == 0 == held_keys(awake(store))
+    fast.old.position[1, 2, 4] = 7
+    assert held_keys(fast) == 5
 
 
 def test_a_new_value_of_a_key_that_was_written_replaces_the_old_one():
@@ -149,11 +184,11 @@ def test_a_new_value_of_a_key_that_was_written_replaces_the_old_one():
 def test_an_old_key_of_an_mlp_says_that_it_had_another_value():
     store = make_store()
     fast = no_fast_weights(store.k, B, H, K, S, hidden=2 * K)
-    first = choose(store, fast, 8, TOLERANCE)
+    first = choose(store, fast, 8, -math.inf)
     assert not first.replaces.any()
     k, position = fast.old.k.clone(), fast.old.position.clone()
     k[:, :, 3], position[:, :, 3] = first.k[:, :, 5], 1
-    again = choose(store, fast._replace(old=KeyState(k, position)), 8, TOLERANCE)
+    again = choose(store, fast._replace(old=KeyState(k, position)), 8, -math.inf)
     assert torch.equal(again.place, first.place)
     assert torch.equal(again.replaces, (torch.arange(8) == 5).expand(B, H, -1))
 
