@@ -105,8 +105,8 @@ class StreamModule(lightning.LightningModule):
         self._count(self.means, tokens, read, batch, draw)
         self._gates.add_to(self.means)
         add_health(self.means, read.state, read.surprise)
-        if draw.sleeps is not None and self._failed is None:
-            self._key_spaces.take(read.state, self.ranks)
+        if self.config.train.sleep_drop and self._failed is None:
+            self._show_key_spaces(read, batch, draw)
         if self.config.carries:
             self.state = detach(read.state)
         elif self.config.admission.distractor_share:
@@ -240,6 +240,14 @@ class StreamModule(lightning.LightningModule):
         lanes = self.config.train.lanes
         fresh = self.model.init_state(lanes, window=draw.window, capacity=draw.capacity)
         return self.ranks.mine(fresh)
+
+    def _show_key_spaces(self, read: Unrolled, batch: Batch, draw: Draw) -> None:
+        """Keys of stores that select, and questions to stores that nothing was taken from."""
+        asks = batch.recalled > 0
+        if draw.sleeps is not None:
+            asks = asks & ~draw.sleeps.any(0)[:, None]
+        where = (read.position, asks, self.model.window_of(read.state))
+        self._key_spaces.take(read.state, *where, selects=not draw.keep_all, ranks=self.ranks)
 
     def _weigh(self, weight: Tensor, judged: Tensor) -> Tensor:
         return torch.where(judged, weight * self.config.train.blind_weight, weight)

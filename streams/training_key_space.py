@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wakesleep.streams.ranks import Ranks
 from wakesleep.ttl.key_space import KeySpace
 from wakesleep.ttl.model import TTLModel
-from wakesleep.ttl.state import StreamState
+from wakesleep.ttl.state import StoreState, StreamState
 
 
 class KeySpaces:
@@ -21,9 +21,9 @@ class KeySpaces:
     """
 
     def __init__(self, model: TTLModel) -> None:
-        fast = [block.attention.fast for block in model.blocks]
-        self.spaces = {i: f.space for i, f in enumerate(fast) if f is not None and f.space}
-        self.seen: dict[int, Tensor] = {}
+        layers = [(i, block.attention.fast) for i, block in enumerate(model.blocks)]
+        self.spaces = {i: fast.space for i, fast in layers if fast is not None and fast.space}
+        self.seen: dict[int, list[Tensor]] = {}
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, space in self.spaces.items():
             space.register_forward_hook(self._hook(layer))
@@ -33,32 +33,64 @@ class KeySpaces:
         self.seen.clear()
 
     @torch.no_grad()
-    def take(self, state: StreamState, ranks: Ranks) -> None:
-        """Note the queries since `start`, and the keys in the state's stores, of all ranks."""
-        for layer, queries in self.seen.items():
+    def take(
+        self,
+        state: StreamState,
+        position: Tensor,
+        asks: Tensor,
+        window: int,
+        *,
+        selects: bool,
+        ranks: Ranks,
+    ) -> None:
+        """Note the keys in the stores behind a step, and which of them its queries found.
+
+        Args:
+            position: [B, T] of the step's tokens.
+            asks: [B, T] bool: tokens whose queries ask beyond the window, of a whole store.
+            selects: whether the stores hold what was chosen; keys of all tokens are other ones.
+        """
+        for layer, seen in self.seen.items():
             store = state.blocks[layer].store
             if store is not None:
-                keys = _sums(store.k, store.position >= 0)
-                self.taken[layer] = (ranks.sum(queries), ranks.sum(keys))
+                keys = _sums(store.k, store.k, (store.position >= 0) & selects)
+                q = torch.cat(seen, 1).transpose(1, 2)
+                reach = torch.where(asks, position - window, 0)
+                asked = sum(_asked(q[b], reach[b], store, b) for b in range(len(q)))
+                self.taken[layer] = (ranks.sum(keys), ranks.sum(asked))
 
     def follow(self) -> None:
         """Move the maps by what was taken."""
         for layer, sums in self.taken.items():
-            if all(bool((count[:, -1, -1] >= 1).all()) for count in sums):
-                self.spaces[layer].follow(*(s[:, :-1] / s[:, -1:, -1:] for s in sums))
+            self.spaces[layer].follow(*sums)
         self.taken.clear()
 
     def _hook(self, layer: int):
         def hook(_space: KeySpace | nn.Module, inputs: tuple[Tensor], _mapped: Tensor) -> None:
-            q = inputs[0].detach().transpose(1, 2)
-            sums = _sums(q, torch.ones_like(q[..., 0], dtype=torch.bool))
-            self.seen[layer] = self.seen.get(layer, 0) + sums
+            self.seen.setdefault(layer, []).append(inputs[0].detach())
 
         return hook
 
 
-def _sums(x: Tensor, there: Tensor) -> Tensor:
-    """Sums [H, K + 1, K + 1] over rows x [B, H, n, K] that are `there`: products, rows, number."""
-    x = torch.cat([x.detach().double(), torch.ones_like(x[..., :1], dtype=torch.float64)], -1)
-    x = torch.where(there[..., None], x, 0.0)
-    return (x.mT @ x).sum(0)
+def _asked(q: Tensor, reach: Tensor, store: StoreState, lane: int) -> Tensor:
+    """Sums over a lane's queries q [H, T, K] and the keys below `reach` [T] most like them.
+
+    The key that a query finds is the one of the largest product, as in attention.
+    """
+    rows = (reach > 0).nonzero()[:, 0]
+    q, k, at = q[:, rows].float(), store.k[lane].float(), store.position[lane]
+    open_to = (at[:, None] >= 0) & (at[:, None] < reach[rows, None])  # [H, n, S]
+    if k.shape[1]:
+        best = torch.where(open_to, q @ k.mT, -torch.inf).argmax(-1, keepdim=True)
+        found, there = k.gather(1, best.expand(-1, -1, k.shape[-1])), open_to.any(-1)
+    else:
+        found, there = torch.zeros_like(q), open_to.any(-1)
+    return _sums(q[None], found[None], there[None], both=True)
+
+
+def _sums(x: Tensor, y: Tensor, there: Tensor, *, both: bool = False) -> Tensor:
+    """Sum of (x, 1)^T (y, 1), of (x, 1)^T (x, y, 1) if `both`, over rows [B, H, n, K] `there`."""
+    one = there[..., None].double()
+    x, y = (torch.where(there[..., None], t.detach().double(), 0.0) for t in (x, y))
+    right = [x, y, one] if both else [y, one]
+    return (torch.cat([x, one], -1).mT @ torch.cat(right, -1)).sum(0)

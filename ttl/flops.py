@@ -237,7 +237,7 @@ def _fast(config: ModelConfig, position: int, num_tokens: int) -> tuple[int, int
     c, H, K = config, config.num_heads, config.head_dim
     if c.fast.write == "asleep":
         read = K * (2 * hidden_width(c.fast, K) or K)
-        return num_tokens * H * (2 * K * K + read + c.dim), 0  # queries are made even, then turned
+        return num_tokens * H * (K * K + read + c.dim), 0  # queries are mapped first
     like = replace(c, combine="mag", memory=MemoryConfig(kind="delta"))
     adds, solve = _memory(like, position, num_tokens, None)
     return adds - num_tokens * c.dim * H * 4 * K, solve

@@ -3,11 +3,12 @@
 One softmax does not care for what all keys share: it adds the same to every logit. A memory that is
 written in closed form or by gradient steps does. Keys of a trained model are nearly all the same
 (cosine of two keys .85 at width 64), and such keys leave a memory little to tell them by. So their
-mean is taken out and their covariance made even (ZCA: Bell and Sejnowski, Vision Research 1997),
-and the same is done to queries, which are then turned towards the keys by a learned matrix.
+mean is taken out and their covariance made even (ZCA: Bell and Sejnowski, Vision Research 1997).
+And a query is no key: what a query says of the key that attention finds for it is the affine map
+of least squares, from queries that asked beyond the window.
 
-Means and covariances are those of the texts that a model was trained on; training follows them, as
-batch normalisation does, and at any other time they are constants. At first nothing is changed.
+Both maps come from moments of what a model was trained on; training follows them, as batch
+normalisation does, and at any other time they are constants. At first nothing is changed.
 
 Shapes: B lanes, T tokens, H heads, K head width, n keys.
 """
@@ -18,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST = 0.01  # of the mean variance: directions with less count as noise
-MEMORY = 50  # updates that the running moments look back
-QUERIES, KEYS = 0, 1
+LEAST = 0.01  # of the mean variance is added to all: directions with less are noise
+MEMORY = 200  # steps of training that the moments look back
 
 
 class KeySpace(nn.Module):
@@ -28,51 +28,68 @@ class KeySpace(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        one = torch.eye(head_dim).repeat(2, num_heads, 1, 1)
-        self.register_buffer("mean", torch.zeros(2, num_heads, 1, head_dim))  # of queries, of keys
-        self.register_buffer("covariance", one.clone())
-        self.register_buffer("white", one.clone())
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.turn = nn.Parameter(one[0].clone())
+        H, K = num_heads, head_dim
+        same = torch.cat([torch.eye(K), torch.zeros(1, K)]).repeat(H, 1, 1)
+        self.register_buffer("key_map", same.clone())  # rows of a matrix, then what is added
+        self.register_buffer("query_map", same)
+        # means of (k, 1)^T (k, 1) and of (q, 1)^T (q, k, 1), and of how many rows they are
+        self.register_buffer("keys_seen", torch.zeros(H, K + 1, K + 1))
+        self.register_buffer("asked_seen", torch.zeros(H, K + 1, 2 * K + 1))
+        self.register_buffer("counts", torch.zeros(2, H))
 
     def forward(self, q: Tensor) -> Tensor:
-        """Queries [B, T, H, K] in the space of keys, float32 at least; their length means nothing.
+        """Queries [B, T, H, K] as keys, float32 at least; their length means nothing.
 
         What is zero stays zero.
         """
         with torch.autocast(q.device.type, enabled=False):
-            mapped = self._map(q.transpose(1, 2), QUERIES)
-            return (mapped @ self.turn.to(mapped.dtype)).transpose(1, 2)
+            return _mapped(q.transpose(1, 2), self.query_map).transpose(1, 2)
 
     def keys(self, k: Tensor) -> Tensor:
         """Keys [B, H, n, K] at length 1, float32 at least; what is zero stays zero."""
-        return unit_key(self._map(k, KEYS))
+        return unit_key(_mapped(k, self.key_map))
 
     @torch.no_grad()
-    def follow(self, queries: Tensor, keys: Tensor) -> None:
-        """Take what a step of training has seen into the moments.
+    def follow(self, keys: Tensor, asked: Tensor) -> None:
+        """Take what a step of training has seen into the moments, and make the maps anew.
+
+        Until twice as many queries were seen as a head is wide, they stay as they are.
 
         Args:
-            queries, keys: [H, K, K + 1] sums: of products, then of the vectors, in float64; each
-                divided by the number of vectors.
+            keys: [H, K + 1, K + 1] sum of (k, 1)^T (k, 1) over keys.
+            asked: [H, K + 1, 2 K + 1] sum of (q, 1)^T (q, k, 1) over queries and what they found.
         """
-        share = max(1 / (int(self.updates) + 1), 1 / MEMORY)
-        for part, seen in enumerate((queries, keys)):
-            mean = seen[..., -1:].mT
-            covariance = seen[..., :-1] - mean.mT @ mean
-            self.mean[part].lerp_(mean.to(self.mean), share)
-            self.covariance[part].lerp_(covariance.to(self.covariance), share)
-        variance, axes = torch.linalg.eigh(self.covariance.double())
+        for part, (seen, new) in enumerate(((self.keys_seen, keys), (self.asked_seen, asked))):
+            number = new[:, -1, -1].to(self.counts)
+            self.counts[part] = self.counts[part] * (1 - 1 / MEMORY) + number
+            mean = (new / new[:, -1:, -1:].clamp(min=1)).to(seen)
+            seen.lerp_(mean, (number / self.counts[part].clamp(min=1))[:, None, None])
+        if self.counts[1].min() >= 2 * self.key_map.shape[-1]:
+            self._solve()
+
+    def _solve(self) -> None:
+        K = self.key_map.shape[-1]
+        keys, asked = self.keys_seen.double(), self.asked_seen.double()
+        mean = keys[:, K:, :K]
+        variance, axes = torch.linalg.eigh(keys[:, :K, :K] - mean.mT @ mean)
         usual = variance.mean(-1, keepdim=True).clamp(min=1e-12)
         scale = (variance.clamp(min=0) / usual + LEAST).rsqrt()
-        self.white.copy_((axes * scale[..., None, :]) @ axes.mT)
-        self.updates += 1
+        white = (axes * scale[..., None, :]) @ axes.mT
+        self.key_map.copy_(torch.cat([white, -mean @ white], 1))
+        query, found = asked[:, K:, :K], asked[:, K:, K : 2 * K]
+        covariance = asked[:, :K, :K] - query.mT @ query
+        usual = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
+        covariance += LEAST * usual[:, None, None] * torch.eye(K).to(covariance)
+        joint = asked[:, :K, K : 2 * K] - query.mT @ found
+        turn = torch.linalg.solve(covariance, joint) @ white
+        self.query_map.copy_(torch.cat([turn, (found - mean) @ white - query @ turn], 1))
 
-    def _map(self, x: Tensor, part: int) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(dtype)
-        mapped = (x - self.mean[part].to(dtype)) @ self.white[part].to(dtype)
-        return torch.where(x.any(-1, keepdim=True), mapped, 0.0)
+
+def _mapped(x: Tensor, affine: Tensor) -> Tensor:
+    """x [B, H, n, K] by maps [H, K + 1, K], float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, affine = x.to(dtype), affine.to(dtype)
+    return torch.where(x.any(-1, keepdim=True), x @ affine[:, :-1] + affine[:, -1:], 0.0)
 
 
 def unit_key(k: Tensor) -> Tensor:
