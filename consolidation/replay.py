@@ -36,7 +36,7 @@ CUE_NOISE = 0.2  # length of what disturbs a cue of length 1
 
 
 class Pairs(NamedTuple):
-    """What one unit writes."""
+    """What one unit writes; n is that of the head with most of them."""
 
     place: Tensor  # [B, H, n] int64, all different within a head
     chosen: Tensor  # [B, H, n] bool; k and v of the other rows are zeros
@@ -67,6 +67,8 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> 
     fresh = usable.gather(-1, order) & ~old
     first = (~fresh).to(torch.uint8).argsort(dim=-1, stable=True)[..., :num_pairs]
     place, chosen = order.gather(-1, first), fresh.gather(-1, first)
+    most = int(chosen.sum(-1).max())
+    place, chosen = place[..., :most], chosen[..., :most]
     k, v = (torch.where(chosen[..., None], take(t, place), 0.0) for t in (k, v))
     written = [fast.probes.k, *([fast.old.k] if fast.old else [])]
     again = (k @ torch.cat(written, 2).float().mT >= SAME_KEY).any(-1)

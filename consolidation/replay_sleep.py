@@ -37,15 +37,7 @@ from wakesleep.consolidation.gate import (
     without_superseded,
 )
 from wakesleep.consolidation.night import INTERRUPTED, Night, share, total
-from wakesleep.consolidation.replay import (
-    Pairs,
-    change,
-    choose,
-    emptied,
-    mark,
-    release,
-    take,
-)
+from wakesleep.consolidation.replay import change, choose, emptied, mark, release, take
 from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import BlockState, FastState, StoreState, map_state
@@ -131,8 +123,7 @@ class ReplayNight(Night):
         self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, sizes.unit_pairs)))
         seen = self._seen(layer)
         pairs = choose(seen, block.fast, sizes.unit_pairs, self.config.worth)
-        num_pairs = int(pairs.chosen.sum(-1).max())
-        pairs = Pairs(*(t[:, :, :num_pairs] for t in pairs))
+        num_pairs = pairs.chosen.shape[-1]
         if not num_pairs:
             return False
         self.spend("sleep", total(write_cost(sizes, num_pairs), mark_cost(sizes)))

@@ -52,31 +52,44 @@ def rehearsed_write(
     """
     keys = torch.cat([k, old], 2)
     values = torch.cat([v, mlp_answer(s, old)], 2)
-    weights = torch.cat([weight, torch.ones_like(old[..., 0])], 2)
-    there = k.square().sum(-1) > 0
-    count = there.sum(-1, keepdim=True)[..., None]  # [B, H, 1, 1]
-    power = v.square().mean(-1, keepdim=True).sum(2, keepdim=True) / count.clamp(min=1)
-    half = s.shape[-1] // 2
+    weights = torch.cat([weight, torch.ones_like(old[..., 0])], 2)[..., None]
+    count = (keys[:, :, : k.shape[2]].square().sum(-1) > 0).sum(-1)  # [B, H]
     # A head without pairs stays: Adam would walk about on the rounding of errors that are zero.
-    first = (count > 0).to(s.dtype).expand_as(s[..., :half])
-    rate = torch.cat([first, power.sqrt().expand_as(s[..., half:])], -1)
-    mean, square = torch.zeros_like(s), torch.zeros_like(s)
+    there = count > 0
+    power = v[there].square().mean(-1).sum(-1) / count[there]
+    written = s.clone()
+    parts = (s[there], keys[there], values[there], weights[there], power.sqrt())
+    written[there] = _adam(*parts, steps)
+    return written
+
+
+@torch.no_grad()
+def _adam(s: Tensor, k: Tensor, v: Tensor, weight: Tensor, size: Tensor, steps: int) -> Tensor:
+    """The memories s [X, K, 2 M] of X heads after all steps, in buffers that are used again.
+
+    Fresh memory for every product and every step would take longer than the sums.
+
+    Args:
+        k, v: [X, n, K]; weight: [X, n, 1] of the errors; size: [X] of the values.
+    """
+    w = torch.stack(s.chunk(2, -1))  # [2, X, K, M]: A, B^T
+    a, b = w
+    mean, square, slope = torch.zeros_like(w), torch.zeros_like(w), torch.empty_like(w)
+    x, gate, hidden = k.new_empty(3, *k.shape[:2], a.shape[-1])
+    error = torch.empty_like(v)
     for step in range(1, steps + 1):
-        slope = mlp_slope(s, keys, values, weights)
-        mean = BETA1 * mean + (1 - BETA1) * slope
-        square = BETA2 * square + (1 - BETA2) * slope * slope
-        size = RATE * min(1.0, (steps - step + 1) / (LAST * steps))
-        move = (mean / (1 - BETA1**step)) / ((square / (1 - BETA2**step)).sqrt() + EPS)
-        s = s - size * rate * move
-    return s
-
-
-def mlp_slope(s: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-    """Gradient [B, H, K, 2 M] of half the squared error, each row n times its weight [B, H, n]."""
-    a, b = s.chunk(2, -1)
-    x = k @ a
-    gate = x.sigmoid()
-    hidden = x * gate
-    error = (hidden @ b.mT - v) * weight[..., None]
-    inner = (error @ b) * (gate * (1 + x * (1 - gate)))
-    return torch.cat([k.mT @ inner, error.mT @ hidden], -1)
+        torch.bmm(k, a, out=x)
+        torch.sigmoid(x, out=gate)
+        torch.mul(x, gate, out=hidden)
+        torch.bmm(hidden, b.mT, out=error).sub_(v).mul_(weight)
+        torch.bmm(error.mT, hidden, out=slope[1])
+        torch.addcmul(gate, hidden, 1 - gate, out=x)  # the slope of silu
+        torch.bmm(error, b, out=gate).mul_(x)
+        torch.bmm(k.mT, gate, out=slope[0])
+        mean.lerp_(slope, 1 - BETA1)
+        square.mul_(BETA2).addcmul_(slope, slope, value=1 - BETA2)
+        torch.div(square, 1 - BETA2**step, out=slope).sqrt_().add_(EPS)
+        torch.div(mean, slope, out=slope)[1].mul_(size[:, None, None])
+        rate = RATE * min(1.0, (steps - step + 1) / (LAST * steps))
+        w.sub_(slope, alpha=rate / (1 - BETA1**step))
+    return torch.cat(w.unbind(), -1)

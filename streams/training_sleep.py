@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,26 +64,38 @@ def sleep_drop(
     for block, module in zip(state.blocks, model.blocks, strict=True):
         if block.store is not None and block.fast.asleep.numel():
             space = module.attention.fast.space
-            slept = _slept(block, space, state.lane, num_pairs, lam, generator, foreign)
-            block = merge(lanes, slept, block)
+            some = Offer(lanes, state.lane, num_pairs, foreign)
+            block = merge(lanes, _slept(block, space, some, lam, generator), block)
         blocks.append(block)
     return state._replace(blocks=tuple(blocks))
 
 
+class Offer(NamedTuple):
+    """What a sleep may write."""
+
+    lanes: Tensor  # [B] bool: those that sleep
+    numbers: Tensor  # [B] int64 of all lanes
+    num_pairs: int  # per head at most
+    foreign: Sequence[tuple[int, int]]  # ranges of positions at which distractors are
+
+
 def _slept(
-    block: BlockState, space: KeySpace, lane: Tensor, num_pairs: int, lam: float, generator, foreign
+    block: BlockState, space: KeySpace, offer: Offer, lam: float, generator: torch.Generator
 ) -> BlockState:
-    store = block.store
+    store, num_pairs = block.store, offer.num_pairs
     with torch.no_grad(), torch.autocast(store.k.device.type, enabled=False):  # as sleep writes
         drawn = torch.rand(store.position.shape[1:], generator=generator).to(store.position.device)
-        others = (store.position >= 0) & ~own(store.position, foreign)
+        drawn = torch.where(offer.lanes[:, None, None], drawn, 1.0)  # nothing of other lanes
+        others = (store.position >= 0) & ~own(store.position, offer.foreign)
         some = (num_pairs / others.sum(-1, keepdim=True).clamp(min=1)).clamp(max=OFFERED)
         offered = torch.where(drawn < torch.where(others, some, OFFERED), store.position, -1)
         seen = store._replace(k=space.keys(store.k), position=offered)
         pairs = choose(seen, block.fast, num_pairs, worth=-math.inf)
         fast = change(block.fast, pairs, lam, generator)
         position = store.position.gather(-1, pairs.place)
-        fast = set_aside(fast, pairs, position, pairs.chosen, lane)  # an MLP rehearses old keys
+        fast = set_aside(
+            fast, pairs, position, pairs.chosen, offer.numbers
+        )  # an MLP rehearses old keys
         free = torch.zeros_like(store.position, dtype=torch.bool)
         free = free.scatter(-1, pairs.place, pairs.chosen)
     return block._replace(store=emptied(store, free), fast=fast)

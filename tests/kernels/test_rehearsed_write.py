@@ -10,7 +10,6 @@ from wakesleep.kernels import rehearsed_write as kernel
 from wakesleep.kernels.rehearsed_write import (
     first_weights,
     mlp_answer,
-    mlp_slope,
     rehearsed_write,
 )
 
@@ -40,15 +39,6 @@ def test_a_memory_that_was_never_written_answers_nothing():
     assert not mlp_answer(s, k).any() and torch.equal(
         first_weights(H, K, M), first_weights(H, K, M)
     )
-
-
-def test_the_slope_is_that_of_autograd():
-    (k, v), s = draw(), begin()
-    s = (s + 0.3 * torch.randn(s.shape, dtype=s.dtype)).requires_grad_()
-    weight = torch.rand(B, H, N, dtype=s.dtype)
-    loss = 0.5 * ((mlp_answer(s, k) - v).square() * weight[..., None]).sum()
-    (expected,) = torch.autograd.grad(loss, s)
-    torch.testing.assert_close(mlp_slope(s.detach(), k, v, weight), expected)
 
 
 def test_the_write_is_adam_on_pairs_and_rehearsed_keys():
