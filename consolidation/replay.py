@@ -26,7 +26,7 @@ from torch import Tensor
 from wakesleep.kernels.protected_write import protected_write
 from wakesleep.kernels.rehearsed_write import rehearsed_write
 from wakesleep.ttl.fast import answer
-from wakesleep.ttl.key_space import unit_key
+from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.state import FastState, StoreState
 
 SAME_KEY = 0.98  # cosine of two keys from which on they are one
@@ -43,6 +43,15 @@ class Pairs(NamedTuple):
     k: Tensor  # [B, H, n, K] float32, of length 1
     v: Tensor  # [B, H, n, K] float32
     replaces: Tensor  # [B, H, n] bool: a probe or an old key says that it had another value
+
+
+def seen_by(space: KeySpace, store: StoreState) -> StoreState:
+    """The store as fast weights see it: their keys, and pairs of heads alone that they can answer.
+
+    A head whose queries do not tell what they look for keeps its pairs.
+    """
+    position = torch.where(space.answers[:, None], store.position, -1)
+    return store._replace(k=space.keys(store.k), position=position)
 
 
 def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> Pairs:

@@ -37,8 +37,16 @@ from wakesleep.consolidation.gate import (
     without_superseded,
 )
 from wakesleep.consolidation.night import INTERRUPTED, Night, share, total
-from wakesleep.consolidation.replay import change, choose, emptied, mark, release, take
-from wakesleep.ttl.key_space import unit_key
+from wakesleep.consolidation.replay import (
+    change,
+    choose,
+    emptied,
+    mark,
+    release,
+    seen_by,
+    take,
+)
+from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import BlockState, FastState, StoreState, map_state
 
@@ -81,7 +89,7 @@ class ReplayNight(Night):
     @property
     def unit_flops(self) -> int:
         """Of one unit, its gate included."""
-        return _unit_cost(self._sizes(self.layers[0])).flops
+        return self._unit_cost(self.layers[0]).flops
 
     @property
     def changed(self) -> bool:
@@ -97,7 +105,7 @@ class ReplayNight(Night):
             for layer in list(left):
                 if stop():
                     return INTERRUPTED
-                if not self.affords(_unit_cost(self._sizes(layer))):
+                if not self.affords(self._unit_cost(layer)):
                     return "the budget is spent"
                 if not self._unit(layer):
                     left.remove(layer)
@@ -126,7 +134,9 @@ class ReplayNight(Night):
         num_pairs = pairs.chosen.shape[-1]
         if not num_pairs:
             return False
-        self.spend("sleep", total(write_cost(sizes, num_pairs), mark_cost(sizes)))
+        heads = int(pairs.chosen.any(-1).sum()) if sizes.hidden else sizes.heads
+        write = write_cost(sizes._replace(heads=heads), num_pairs)
+        self.spend("sleep", total(write, mark_cost(sizes)))
         self.spend("gate", gate_cost(sizes, num_pairs))
         lam = self.model.config.fast.lam
         fast = without_superseded(block.fast, pairs)
@@ -150,7 +160,7 @@ class ReplayNight(Night):
         self.units += 1
         self.written += int(known.sum())
         self.rejected += refused
-        wasted = share(write_cost(sizes, num_pairs), refused, sizes.heads)
+        wasted = share(write, refused, heads)
         self.ledger = self.config.bucket.waste(self.ledger, wasted)
         return bool(passed.any())
 
@@ -161,30 +171,35 @@ class ReplayNight(Night):
         if not bool(marked.any()) or not self.affords(cost):
             return
         self.spend("sleep", cost)
-        left, fast = release(self._seen(layer), block.fast, self.config.tolerance, self.generator)
-        self.released += int((block.store.position >= 0).sum() - (left.position >= 0).sum())
-        store = emptied(block.store, left.position < 0)
+        seen = self._seen(layer)
+        left, fast = release(seen, block.fast, self.config.tolerance, self.generator)
+        free = (seen.position >= 0) & (left.position < 0)
+        self.released += int(free.sum())
+        store = emptied(block.store, free)
         self._put(layer, block._replace(store=store, fast=fast))
 
     def _seen(self, layer: int) -> StoreState:
-        """The store with its keys as fast weights see them."""
-        store, attention = self.state.blocks[layer].store, self.model.blocks[layer].attention
-        return store._replace(k=attention.fast.space.keys(store.k))
+        return seen_by(self._space(layer), self.state.blocks[layer].store)
+
+    def _space(self, layer: int) -> KeySpace:
+        return self.model.blocks[layer].attention.fast.space
 
     def _put(self, layer: int, block: BlockState) -> None:
         blocks = list(self.state.blocks)
         blocks[layer] = block
         self.state = self.state._replace(blocks=tuple(blocks))
 
+    def _unit_cost(self, layer: int) -> Cost:
+        """What a unit may cost at most, its gate included."""
+        sizes, lanes = self._sizes(layer), len(self.state.position)
+        heads = lanes * int(self._space(layer).answers.sum())  # that an MLP is written in
+        num_pairs = sizes.unit_pairs
+        write = write_cost(sizes._replace(heads=heads) if sizes.hidden else sizes, num_pairs)
+        chosen = (keys_cost(sizes), choose_cost(sizes, num_pairs), mark_cost(sizes))
+        return total(*chosen, write, gate_cost(sizes, num_pairs))
+
     def _sizes(self, layer: int) -> Sizes:
         return sizes_of(self.state.blocks[layer])
-
-
-def _unit_cost(sizes: Sizes) -> Cost:
-    """What a unit may cost at most, its gate included."""
-    num_pairs = sizes.unit_pairs
-    chosen = (keys_cost(sizes), choose_cost(sizes, num_pairs), mark_cost(sizes))
-    return total(*chosen, write_cost(sizes, num_pairs), gate_cost(sizes, num_pairs))
 
 
 def _by_head(heads: Tensor, new: FastState, old: FastState) -> FastState:

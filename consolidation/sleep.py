@@ -60,17 +60,19 @@ def least_cost(model: TTLModel, state: StreamState, config: SleepConfig) -> int:
         return _night(model, state, config, Ledger(), torch.Generator()).least
 
 
-def pressure(state: StreamState, worth: float) -> float:
-    """Share of the places of all stores beside fast weights that hold a pair with such a score.
+def pressure(model: TTLModel, state: StreamState, worth: float) -> float:
+    """Share of the places that sleep could make free which hold a pair with such a score.
 
     What is worth less may be overwritten at any time. A pair that the fast weights know counts as
     well: the next sleep makes its place free.
     """
     held = places = 0
-    for block in state.blocks:
+    for block, module in zip(state.blocks, model.blocks, strict=True):
         if block.store is not None and block.fast.asleep.numel():
+            space = module.attention.fast.space
+            heads = slice(None) if space is None else space.answers.nonzero()[:, 0]
             worthy = (block.store.position >= 0) & (block.store.score >= worth)
-            held, places = held + int(worthy.sum()), places + worthy.numel()
+            held, places = held + int(worthy[:, heads].sum()), places + worthy[:, heads].numel()
     return held / places if places else 0.0
 
 

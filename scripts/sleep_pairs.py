@@ -81,7 +81,7 @@ def read(
         )
         ledger = ledger._replace(wake=ledger.wake.plus(Cost(flops)))
         position += SEGMENT
-        if config is not None and pressure(state, config.worth) >= config.high:
+        if config is not None and pressure(model, state, config.worth) >= config.high:
             state, ledger, _ = sleep(model, state, config, ledger, generator)
     return state, ledger
 

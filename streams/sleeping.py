@@ -119,10 +119,11 @@ class Sleeper:
 
     def _signals(self, segment: int, idle: bool = False) -> Signals:
         runner, lanes = self.runner, len(self.runner.state.position)
+        model = runner.language_model.model
         return Signals(
             tokens=runner.tokens // lanes,
             segment=segment // lanes,
             surprise=runner.last_surprise,
-            pressure=pressure(runner.state, self.config.worth),
+            pressure=pressure(model, runner.state, self.config.worth),
             idle=idle,
         )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from wakesleep.consolidation.gate import set_aside
-from wakesleep.consolidation.replay import change, choose, emptied
+from wakesleep.consolidation.replay import change, choose, emptied, seen_by
 from wakesleep.streams.distractors import own
 from wakesleep.ttl.key_space import KeySpace
 from wakesleep.ttl.model import TTLModel
@@ -89,7 +89,7 @@ def _slept(
         others = (store.position >= 0) & ~own(store.position, offer.foreign)
         some = (num_pairs / others.sum(-1, keepdim=True).clamp(min=1)).clamp(max=OFFERED)
         offered = torch.where(drawn < torch.where(others, some, OFFERED), store.position, -1)
-        seen = store._replace(k=space.keys(store.k), position=offered)
+        seen = seen_by(space, store._replace(position=offered))
         pairs = choose(seen, block.fast, num_pairs, worth=-math.inf)
         fast = change(block.fast, pairs, lam, generator)
         position = store.position.gather(-1, pairs.place)

@@ -10,6 +10,9 @@ of least squares, from queries that asked beyond the window.
 Both maps come from moments of what a model was trained on; training follows them, as batch
 normalisation does, and at any other time they are constants. At first nothing is changed.
 
+Some heads of a model do not ask by likeness, but for what is near or late: their queries tell next
+to nothing of the keys they find. What is written for them could never be read (`answers`).
+
 Shapes: B lanes, T tokens, H heads, K head width, n keys.
 """
 
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAST = 0.01  # of the mean variance is added to all: directions with less are noise
+ANSWERS = 0.4  # of the keys' variance that queries must tell of what they find
 MEMORY = 200  # steps of training that the moments look back
 
 
@@ -32,10 +36,11 @@ class KeySpace(nn.Module):
         same = torch.cat([torch.eye(K), torch.zeros(1, K)]).repeat(H, 1, 1)
         self.register_buffer("key_map", same.clone())  # rows of a matrix, then what is added
         self.register_buffer("query_map", same)
+        self.register_buffer("explained", torch.ones(H))  # of the keys' variance, by queries
         # means of (k, 1)^T (k, 1) and of (q, 1)^T (q, k, 1), and of how many rows they are
         self.register_buffer("keys_seen", torch.zeros(H, K + 1, K + 1))
         self.register_buffer("asked_seen", torch.zeros(H, K + 1, 2 * K + 1))
-        self.register_buffer("counts", torch.zeros(2, H))
+        self.register_buffer("counts", torch.zeros(2, H, dtype=torch.int64))
 
     def forward(self, q: Tensor) -> Tensor:
         """Queries [B, T, H, K] as keys, float32 at least; their length means nothing.
@@ -49,6 +54,11 @@ class KeySpace(nn.Module):
         """Keys [B, H, n, K] at length 1, float32 at least; what is zero stays zero."""
         return unit_key(_mapped(k, self.key_map))
 
+    @property
+    def answers(self) -> Tensor:
+        """Heads [H] bool whose queries can find what is written."""
+        return self.explained >= ANSWERS
+
     @torch.no_grad()
     def follow(self, keys: Tensor, asked: Tensor) -> None:
         """Take what a step of training has seen into the moments, and make the maps anew.
@@ -60,10 +70,14 @@ class KeySpace(nn.Module):
             asked: [H, K + 1, 2 K + 1] sum of (q, 1)^T (q, k, 1) over queries and what they found.
         """
         for part, (seen, new) in enumerate(((self.keys_seen, keys), (self.asked_seen, asked))):
-            number = new[:, -1, -1].to(self.counts)
-            self.counts[part] = self.counts[part] * (1 - 1 / MEMORY) + number
-            mean = (new / new[:, -1:, -1:].clamp(min=1)).to(seen)
-            seen.lerp_(mean, (number / self.counts[part].clamp(min=1))[:, None, None])
+            number = new[:, -1, -1].round().long()
+            self.counts[part] -= self.counts[part] // MEMORY
+            self.counts[part] += number
+            mean, share = (
+                new / new[:, -1:, -1:].clamp(min=1),
+                number / self.counts[part].clamp(min=1),
+            )
+            seen.lerp_(mean.to(seen), share[:, None, None].to(seen))
         if self.counts[1].min() >= 2 * self.key_map.shape[-1]:
             self._solve()
 
@@ -71,7 +85,8 @@ class KeySpace(nn.Module):
         K = self.key_map.shape[-1]
         keys, asked = self.keys_seen.double(), self.asked_seen.double()
         mean = keys[:, K:, :K]
-        variance, axes = torch.linalg.eigh(keys[:, :K, :K] - mean.mT @ mean)
+        spread = keys[:, :K, :K] - mean.mT @ mean
+        variance, axes = torch.linalg.eigh(spread)
         usual = variance.mean(-1, keepdim=True).clamp(min=1e-12)
         scale = (variance.clamp(min=0) / usual + LEAST).rsqrt()
         white = (axes * scale[..., None, :]) @ axes.mT
@@ -79,10 +94,13 @@ class KeySpace(nn.Module):
         query, found = asked[:, K:, :K], asked[:, K:, K : 2 * K]
         covariance = asked[:, :K, :K] - query.mT @ query
         usual = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
-        covariance += LEAST * usual[:, None, None] * torch.eye(K).to(covariance)
+        ridge = LEAST * usual[:, None, None] * torch.eye(K).to(covariance)
         joint = asked[:, :K, K : 2 * K] - query.mT @ found
-        turn = torch.linalg.solve(covariance, joint) @ white
+        turn = torch.linalg.solve(covariance + ridge, joint) @ white
         self.query_map.copy_(torch.cat([turn, (found - mean) @ white - query @ turn], 1))
+        spreads = (turn.mT @ covariance @ turn, white.mT @ spread @ white)
+        told, whole = (s.diagonal(dim1=-2, dim2=-1).sum(-1) for s in spreads)
+        self.explained.copy_(told / whole.clamp(min=1e-12))
 
 
 def _mapped(x: Tensor, affine: Tensor) -> Tensor:

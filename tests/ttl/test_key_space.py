@@ -71,6 +71,16 @@ def test_queries_are_mapped_to_the_keys_they_found(noise):
     assert raw.sum(-1).mean() < 0.5
 
 
+def test_heads_whose_queries_tell_nothing_of_keys_do_not_answer():
+    keys = crowd(MANY, 2)
+    queries = askers(keys, 0.1)
+    queries[1] = crowd(MANY, 5)[1]
+    space = followed(keys, queries)
+    assert space.answers.tolist() == [True, False, True]
+    assert space.explained[1] < 0.05 and (space.explained <= 1).all()
+    assert KeySpace(H, K).answers.all()
+
+
 def test_the_map_of_queries_is_the_fit_of_least_squares():
     keys = crowd(MANY, 2)
     queries = askers(keys, 1.0)
@@ -101,10 +111,9 @@ def test_moments_forget_and_weigh_by_number():
     for _ in range(6 * MEMORY):
         space.follow(sums(new), sums(new, new))
     torch.testing.assert_close(space.keys_seen.double(), sums(new) / 500, atol=0.5, rtol=0.02)
-    both = followed(old[:, :100])
+    both, left = followed(old[:, :400]), 400 - 400 // MEMORY
     both.follow(sums(new[:, :300]), sums(new[:, :1], new[:, :1]))
-    left = 100 * (1 - 1 / MEMORY)
-    mean = (sums(old[:, :100]) * left / 100 + sums(new[:, :300])) / (left + 300)
+    mean = (sums(old[:, :400]) * left / 400 + sums(new[:, :300])) / (left + 300)
     torch.testing.assert_close(both.keys_seen.double(), mean, atol=1e-4, rtol=1e-5)
     nothing = {name: value.clone() for name, value in both.named_buffers()}
     both.follow(0 * sums(new), 0 * sums(new, new))
