@@ -31,8 +31,8 @@ the blocks pass over text once more. The model must have fast weights.
 
   --json   {sleeps, sleep_flops, gate_flops, wasted_flops, seconds} on stdout
   --quiet, --debug   the last line only; tracebacks
-Keys: sleep.rule=replay sleep.passes=8 sleep.tolerance=0.9 sleep.tail_loss=0.01
-      sleep.span_tokens=256 sleep.evict=keep|hard threads=N"""
+Keys: sleep.rule=replay sleep.passes=8 sleep.worth=0 sleep.tolerance=0.6
+      sleep.tail_loss=0.01 sleep.span_tokens=256 sleep.evict=keep|hard threads=N"""
 
 
 def run(arguments: argparse.Namespace) -> int:
