@@ -73,10 +73,8 @@ class KeySpace(nn.Module):
             number = new[:, -1, -1].round().long()
             self.counts[part] -= self.counts[part] // MEMORY
             self.counts[part] += number
-            mean, share = (
-                new / new[:, -1:, -1:].clamp(min=1),
-                number / self.counts[part].clamp(min=1),
-            )
+            share = number / self.counts[part].clamp(min=1)
+            mean = new / number.clamp(min=1)[:, None, None]
             seen.lerp_(mean.to(seen), share[:, None, None].to(seen))
         if self.counts[1].min() >= 2 * self.key_map.shape[-1]:
             self._solve()
@@ -100,7 +98,7 @@ class KeySpace(nn.Module):
         self.query_map.copy_(torch.cat([turn, (found - mean) @ white - query @ turn], 1))
         spreads = (turn.mT @ covariance @ turn, white.mT @ spread @ white)
         told, whole = (s.diagonal(dim1=-2, dim2=-1).sum(-1) for s in spreads)
-        self.explained.copy_(told / whole.clamp(min=1e-12))
+        self.explained.copy_((told / whole.clamp(min=1e-12)).clamp(0, 1))
 
 
 def _mapped(x: Tensor, affine: Tensor) -> Tensor:

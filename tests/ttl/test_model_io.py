@@ -1,5 +1,6 @@
 """A model folder gives the model back; a folder that was tampered with is refused by name."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -260,3 +261,19 @@ def test_a_save_that_was_killed_is_never_misread(saved, monkeypatch, tmp_path):
         else:
             with pytest.raises(ValueError, match="was changed"):
                 load_model(folder)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_what_fast_weights_know_of_keys_is_saved_however_many_were_seen(tmp_path, half):
+    torch.manual_seed(2)
+    model = TTLModel(dataclasses.replace(CONFIG, fast_layers=(1,))).eval()
+    space, rows = model.blocks[1].attention.fast.space, torch.randn(2, 50, 17).double()
+    rows[..., -1] = 1
+    q, k = rows[..., [*range(8), -1]], rows[..., 8:]
+    space.follow(1e5 * k.mT @ k, q.mT @ rows)  # five million keys, more than float16 can count
+    save_model(tmp_path, model, TOKENIZER, "", half=half)
+    again = load_model(tmp_path).blocks[1].attention.fast.space
+    assert torch.equal(again.counts, space.counts) and int(again.counts.max()) == 5_000_000
+    for (name, saved), (_, own) in zip(again.named_buffers(), space.named_buffers(), strict=True):
+        torch.testing.assert_close(saved, own, rtol=1e-3 if half else 0, atol=1e-3 * half), name
+    assert not torch.equal(again.key_map[0], again.key_map[1])
