@@ -21,6 +21,7 @@ class KeySpaces:
     """
 
     def __init__(self, model: TTLModel) -> None:
+        self.rotary = [block.attention.rotary_dims for block in model.blocks]
         layers = [(i, block.attention.fast) for i, block in enumerate(model.blocks)]
         self.spaces = {i: fast.space for i, fast in layers if fast is not None and fast.space}
         self.seen: dict[int, list[Tensor]] = {}
@@ -56,7 +57,8 @@ class KeySpaces:
                 keys = _sums(store.k, store.k, (store.position >= 0) & selects)
                 q = torch.cat(seen, 1).transpose(1, 2)
                 reach = torch.where(asks, position - window, 0)
-                asked = sum(_asked(q[b], reach[b], store, b) for b in range(len(q)))
+                R = self.rotary[layer]
+                asked = sum(_asked(q[b], reach[b], store, b, R) for b in range(len(q)))
                 self.taken[layer] = (ranks.sum(keys), ranks.sum(asked))
 
     def follow(self) -> None:
@@ -72,16 +74,19 @@ class KeySpaces:
         return hook
 
 
-def _asked(q: Tensor, reach: Tensor, store: StoreState, lane: int) -> Tensor:
+def _asked(q: Tensor, reach: Tensor, store: StoreState, lane: int, rotary: int) -> Tensor:
     """Sums over a lane's queries q [H, T, K] and the keys below `reach` [T] most like them.
 
-    The key that a query finds is the one of the largest product, as in attention.
+    The key that a query finds is the one of the largest product, as in attention: by content, for
+    the `rotary` dimensions in front only say which of two equal keys is the later one.
     """
     rows = (reach > 0).nonzero()[:, 0]
     q, k, at = q[:, rows].float(), store.k[lane].float(), store.position[lane]
     open_to = (at[:, None] >= 0) & (at[:, None] < reach[rows, None])  # [H, n, S]
     if k.shape[1]:
-        best = torch.where(open_to, q @ k.mT, -torch.inf).argmax(-1, keepdim=True)
+        best = torch.where(open_to, q[..., rotary:] @ k[..., rotary:].mT, -torch.inf).argmax(
+            -1, keepdim=True
+        )
         found, there = k.gather(1, best.expand(-1, -1, k.shape[-1])), open_to.any(-1)
     else:
         found, there = torch.zeros_like(q), open_to.any(-1)

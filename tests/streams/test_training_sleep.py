@@ -79,6 +79,7 @@ def test_a_training_in_bfloat16_writes_as_sleep_does(module):
 @torch.no_grad()
 def found_by_hand(module, queries, state, position, asks):
     """Sums of (q, 1)^T (q, k, 1), query by query: the key below the window with most of it."""
+    content = slice(module.model.blocks[1].attention.rotary_dims, None)
     store, sums = state.blocks[1].store, torch.zeros(2, K + 1, 2 * K + 1, dtype=torch.float64)
     for lane, at in asks.nonzero().tolist():
         edge = int(position[lane, at]) - CONFIG.model.window
@@ -86,7 +87,10 @@ def found_by_hand(module, queries, state, position, asks):
             q, places = queries[lane, at, head], store.position[lane, head]
             there = [p for p in range(len(places)) if 0 <= places[p] < edge]
             if there:
-                k = max((store.k[lane, head, p] for p in there), key=lambda k: float(k @ q))
+                k = max(
+                    (store.k[lane, head, p] for p in there),
+                    key=lambda k: float((k * q)[content].sum()),
+                )
                 row = torch.cat([q, k, torch.ones(1)]).double()
                 sums[head] += row[[*range(K), -1]].outer(row)
     return sums
