@@ -83,7 +83,7 @@ def _adam(s: Tensor, k: Tensor, v: Tensor, weight: Tensor, size: Tensor, steps: 
         torch.mul(x, gate, out=hidden)
         torch.bmm(hidden, b.mT, out=error).sub_(v).mul_(weight)
         torch.bmm(error.mT, hidden, out=slope[1])
-        torch.addcmul(gate, hidden, 1 - gate, out=x)  # the slope of silu
+        torch.addcmul(gate, hidden, gate, value=-1, out=x).add_(hidden)  # the slope of silu
         torch.bmm(error, b, out=gate).mul_(x)
         torch.bmm(k.mT, gate, out=slope[0])
         mean.lerp_(slope, 1 - BETA1)

@@ -30,7 +30,6 @@ from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.kernels.rehearsed_write import rehearsed_write
 from wakesleep.streams.session import Session
 from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights
-from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import StoreState, StreamState
 
@@ -115,7 +114,8 @@ def main() -> None:
     model, state, layer = arrange(Session.load(args.session), args.expansion)
     store = state.blocks[layer].store
     place = items_of(store, args.sleeps * args.items)
-    k, v = unit_key(take(store.k, place)), take(store.v, place).float()
+    keys = model.blocks[layer].attention.fast.space.keys(store.k)
+    k, v = take(keys, place), take(store.v, place).float()
     per_tenth, then, rules, refused = args.sleeps // TENTHS, [], Counter(), 0
     nights = carry_out(model, state, layer, place, args.items, args.tolerance)
     for number, (fast, report) in enumerate(nights, 1):

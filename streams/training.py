@@ -93,7 +93,8 @@ class StreamModule(lightning.LightningModule):
         batch, draw, total = self._deal(batch.cursor, batch)
         start, floor = self._start(draw, self.state), admission.threshold
         self._gates.start()
-        self._key_spaces.start()
+        if self.config.train.sleep_drop:
+            self._key_spaces.start()
         read = unroll(
             self.model, batch, start, draw, self.pool, floor, recompute, hidden, self.ranks
         )
@@ -105,7 +106,7 @@ class StreamModule(lightning.LightningModule):
         self._count(self.means, tokens, read, batch, draw)
         self._gates.add_to(self.means)
         add_health(self.means, read.state, read.surprise)
-        if self.config.train.sleep_drop and self._failed is None:
+        if self.config.train.sleep_drop:  # on every rank, or those that wait would wait for ever
             self._show_key_spaces(read, batch, draw)
         if self.config.carries:
             self.state = detach(read.state)

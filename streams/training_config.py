@@ -204,6 +204,8 @@ class TrainConfig:
         layers = set(self.model.fast_layers) & set(self.model.store_layers)
         if self.train.sleep_drop and not layers:
             raise ValueError("train.sleep_drop needs a layer of model.fast_layers with a store")
+        if self.train.sleep_drop and self.model.fast.write == "always":
+            raise ValueError("train.sleep_drop needs model.fast.write=asleep: sleep alone writes")
         if self.train.sleep_drop and self.data.kind == "text":
             raise ValueError("train.sleep_drop needs generated tasks, not data.kind=text")
         if self.data.kind == "text" and (self.admission != AdmissionConfig()):

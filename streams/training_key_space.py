@@ -24,14 +24,14 @@ class KeySpaces:
         self.rotary = [block.attention.rotary_dims for block in model.blocks]
         layers = [(i, block.attention.fast) for i, block in enumerate(model.blocks)]
         self.spaces = {i: fast.space for i, fast in layers if fast is not None and fast.space}
-        self.seen: dict[int, list[Tensor]] = {}
+        self.seen: dict[int, list[Tensor]] | None = None  # None: nobody listens
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, space in self.spaces.items():
             space.register_forward_hook(self._hook(layer))
 
     def start(self) -> None:
-        """Forget what was seen: a validation, or what a backward pass computed again."""
-        self.seen.clear()
+        """Listen until `take`: not to validations, nor to what a backward pass computes again."""
+        self.seen = {}
 
     @torch.no_grad()
     def take(
@@ -51,7 +51,8 @@ class KeySpaces:
             asks: [B, T] bool: tokens whose queries ask beyond the window, of a whole store.
             selects: whether the stores hold what was chosen; keys of all tokens are other ones.
         """
-        for layer, seen in self.seen.items():
+        heard, self.seen = self.seen, None
+        for layer, seen in heard.items():
             store = state.blocks[layer].store
             if store is not None:
                 keys = _sums(store.k, store.k, (store.position >= 0) & selects)
@@ -62,14 +63,16 @@ class KeySpaces:
                 self.taken[layer] = (ranks.sum(keys), ranks.sum(asked))
 
     def follow(self) -> None:
-        """Move the maps by what was taken."""
+        """Move the maps by what was taken, unless it is not finite: then the run ends anyway."""
         for layer, sums in self.taken.items():
-            self.spaces[layer].follow(*sums)
+            if all(bool(x.isfinite().all()) for x in sums):
+                self.spaces[layer].follow(*sums)
         self.taken.clear()
 
     def _hook(self, layer: int):
         def hook(_space: KeySpace | nn.Module, inputs: tuple[Tensor], _mapped: Tensor) -> None:
-            self.seen.setdefault(layer, []).append(inputs[0].detach())
+            if self.seen is not None:
+                self.seen.setdefault(layer, []).append(inputs[0].detach())
 
         return hook
 

@@ -93,9 +93,8 @@ def _slept(
         pairs = choose(seen, block.fast, num_pairs, worth=-math.inf)
         fast = change(block.fast, pairs, lam, generator)
         position = store.position.gather(-1, pairs.place)
-        fast = set_aside(
-            fast, pairs, position, pairs.chosen, offer.numbers
-        )  # an MLP rehearses old keys
+        # an MLP rehearses old keys
+        fast = set_aside(fast, pairs, position, pairs.chosen, offer.numbers)
         free = torch.zeros_like(store.position, dtype=torch.bool)
         free = free.scatter(-1, pairs.place, pairs.chosen)
     return block._replace(store=emptied(store, free), fast=fast)

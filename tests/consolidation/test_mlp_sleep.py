@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -134,6 +136,18 @@ def test_more_is_written_than_into_a_matrix_and_nothing_else_changes(read):
     again, _, second = night(model, after, ledger, seed=1)
     assert second.released > 0.7 * report.written and second.audit > 0.9
     assert (again.blocks[1].store.position >= 0).sum() < (state.blocks[1].store.position >= 0).sum()
+
+
+def test_heads_that_ask_for_other_things_than_keys_cost_no_write(read):
+    model, state = read
+    deaf = copy.deepcopy(model)
+    deaf.blocks[1].attention.fast.space.explained[0] = 0.1
+    (_, whole, all_of_it), (after, half, report) = (
+        night(m, state, passes=1) for m in (model, deaf)
+    )
+    assert 0 < report.written < all_of_it.written
+    assert torch.equal(after.blocks[1].fast.s[:, 0], state.blocks[1].fast.s[:, 0])
+    assert half.sleep.flops < 0.6 * whole.sleep.flops
 
 
 def test_it_pays_at_least_what_torch_counts_and_never_more_than_it_has(read):

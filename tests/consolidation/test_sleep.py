@@ -85,7 +85,7 @@ def test_sleep_writes_what_the_store_holds_and_changes_nothing_else(model):
     assert ledger.sleep.seconds == pytest.approx(report.seconds) and report.seconds > 0
 
 
-def test_heads_that_ask_for_other_things_than_keys_keep_their_pairs_and_cost_little(model):
+def test_heads_that_ask_for_other_things_than_keys_keep_their_pairs(model):
     state, deaf = read(model), copy.deepcopy(model)
     for layer in (0, 2):
         deaf.blocks[layer].attention.fast.space.explained[0] = 0.1

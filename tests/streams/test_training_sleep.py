@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from wakesleep.streams.mqar import MQARConfig
-from wakesleep.streams.training import StreamModule
+from wakesleep.streams.training import StreamModule, _start_from
 from wakesleep.streams.training_config import AdmissionConfig, DataConfig, StepConfig, TrainConfig
 from wakesleep.streams.training_data import open_source
 from wakesleep.streams.training_draws import draw_step
 from wakesleep.streams.training_sleep import sleep_drop
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig
+from wakesleep.ttl.model_io import save_model
 from wakesleep.ttl.state import named_tensors, select
 from wakesleep.ttl.store import StoreConfig
 
@@ -201,3 +203,37 @@ def test_steps_that_keep_everything_do_not_sleep():
 def test_a_model_that_cannot_sleep_is_refused(layers):
     with pytest.raises(ValueError, match=r"sleep_drop needs a layer of model.fast_layers"):
         dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **layers))
+
+
+def test_fast_weights_that_are_written_awake_are_refused():
+    model = dataclasses.replace(CONFIG.model, fast=FastConfig(write="always"))
+    with pytest.raises(ValueError, match=r"sleep_drop needs model.fast.write=asleep"):
+        dataclasses.replace(CONFIG, model=model)
+
+
+def test_key_spaces_listen_to_training_steps_alone_and_forget_what_is_not_finite(module):
+    spaces, source = module._key_spaces, open_source(CONFIG)
+    space = module.model.blocks[1].attention.fast.space
+    module.evaluate(source, 2)
+    assert spaces.seen is None and not spaces.taken
+    loss = module.training_step(source.batch(0), 0)
+    assert spaces.seen is None and set(spaces.taken) == {1}
+    loss.backward()
+    before = {name: value.clone() for name, value in space.named_buffers()}
+    keys, asked = spaces.taken[1]
+    spaces.taken[1] = (keys * torch.nan, asked)
+    module.on_after_backward()
+    assert not spaces.taken
+    assert all(torch.equal(value, before[name]) for name, value in space.named_buffers())
+
+
+def test_a_run_may_start_from_fast_weights_of_another_kind(module, tmp_path):
+    save_model(tmp_path, module.model, b"{}", "", half=False)
+    fast = FastConfig(kind="mlp", expansion=2)
+    model = dataclasses.replace(CONFIG.model, fast=fast)
+    step = dataclasses.replace(CONFIG.train, start=str(tmp_path))
+    config = dataclasses.replace(CONFIG, model=model, train=step)
+    other = StreamModule(config).model
+    _start_from(other, config)
+    weights = module.model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in other.state_dict().items())

@@ -1,5 +1,7 @@
 """Key spaces: nothing at first, then keys without what all of them share, and queries as keys."""
 
+import copy
+
 import pytest
 import torch
 
@@ -127,10 +129,10 @@ def test_zeros_stay_zeros_and_keys_that_are_all_the_same_leave_the_maps_finite()
     assert space.key_map.isfinite().all() and space.query_map.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_maps_of_a_model_in_another_dtype(dtype):
-    space = followed(crowd(500, 1))
-    x = crowd(7, 3).transpose(0, 1)[None]
-    told, exact = space.to(dtype)(x.to(dtype)), space.double()(x.double())
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.1), (torch.float64, 1e-12)])
+def test_maps_of_a_model_in_another_dtype(dtype, error):
+    space, x = followed(crowd(500, 1)), crowd(7, 1).transpose(0, 1)[None]
+    exact = copy.deepcopy(space).double()(x.double())
+    told = space.to(dtype)(x.to(dtype))
     assert told.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(told.double(), exact, atol=1.0, rtol=0.1)
+    assert (told - exact).norm() <= error * exact.norm()

@@ -275,5 +275,6 @@ def test_what_fast_weights_know_of_keys_is_saved_however_many_were_seen(tmp_path
     again = load_model(tmp_path).blocks[1].attention.fast.space
     assert torch.equal(again.counts, space.counts) and int(again.counts.max()) == 5_000_000
     for (name, saved), (_, own) in zip(again.named_buffers(), space.named_buffers(), strict=True):
-        torch.testing.assert_close(saved, own, rtol=1e-3 if half else 0, atol=1e-3 * half), name
+        close = {"rtol": 1e-3 * half, "atol": 1e-3 * half}
+        torch.testing.assert_close(saved, own, **close, msg=name)
     assert not torch.equal(again.key_map[0], again.key_map[1])
