@@ -15,9 +15,9 @@ from typing import NamedTuple
 from wakesleep.consolidation.budget import Cost
 from wakesleep.consolidation.gate import NOISE_CUES
 from wakesleep.consolidation.gate import STEPS as STEPS_TRIED
-from wakesleep.consolidation.replay import NOISE_KEYS, held_keys
+from wakesleep.consolidation.replay import NOISE_KEYS
 from wakesleep.kernels.rehearsed_write import STEPS
-from wakesleep.ttl.fast import OLD_KEYS, PROBES, is_linear
+from wakesleep.ttl.fast import OLD_KEYS, PROBES, held_keys, is_linear
 from wakesleep.ttl.state import BlockState
 
 
@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
     head_dim: int  # K
     itemsize: int  # bytes of a number in the store
     hidden: int = 0  # M of an MLP, 0 of a matrix
-    held: int = 0  # old keys that an MLP rehearses
+    held: int = 0  # keys that an MLP holds, and rehearses
 
     @property
     def adds(self) -> int:
@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
 
     @property
     def old_keys(self) -> int:
-        """That an MLP rehearses."""
+        """That an MLP can hold."""
         return OLD_KEYS * self.head_dim if self.hidden else 0
 
     @property
@@ -56,9 +56,10 @@ def sizes_of(block: BlockState) -> Sizes:
 
 
 def keys_cost(sizes: Sizes) -> Cost:
-    """Of making the keys of all places such as fast weights see them."""
+    """Of making the keys of all places, and of an MLP, such as fast weights see them."""
     X, S, K, itemsize, *_ = sizes
-    return Cost(2 * X * S * K * K, X * S * K * (itemsize + 4))
+    rows = S + sizes.old_keys
+    return Cost(2 * X * rows * K * K, X * rows * K * (itemsize + 4))
 
 
 def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
@@ -132,4 +133,4 @@ def _probes(sizes: Sizes) -> int:
 
 
 def _old(sizes: Sizes) -> int:
-    return sizes.heads * sizes.old_keys * (sizes.head_dim * sizes.itemsize + 8)
+    return sizes.heads * sizes.old_keys * (sizes.head_dim * sizes.itemsize + 4 + 8)

@@ -13,17 +13,15 @@ Shapes: B lanes, H heads, n pairs of a unit, P probes, N cues of noise, A steps,
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wakesleep.consolidation.replay import SAME_KEY, Pairs, readable, take
+from wakesleep.consolidation.replay import SAME_KEY, Pairs, Sample, only, readable, take
 from wakesleep.ttl.fast import PROBES, answer, is_linear
-from wakesleep.ttl.state import FastState, KeyState, ProbeState, StoreState
+from wakesleep.ttl.state import FastState, ProbeState, StoreState
 from wakesleep.ttl.store import hash_uniform
-
-Sample = TypeVar("Sample", ProbeState, KeyState)
 
 STEPS = (1.0, 0.5, 0.25, 0.125)
 NEW_KNOWN = 0.5  # share of the written pairs that must be known after the write
@@ -147,7 +145,7 @@ def without_superseded(fast: FastState, pairs: Pairs) -> FastState:
 
     def rest(sample: Sample) -> Sample:
         same = (sample.k.float() @ pairs.k.mT >= SAME_KEY) & pairs.replaces[..., None, :]
-        return _keep(sample, ~same.any(-1))
+        return only(sample, ~same.any(-1))
 
     return fast._replace(probes=rest(fast.probes), old=rest(fast.old) if fast.old else None)
 
@@ -155,12 +153,11 @@ def without_superseded(fast: FastState, pairs: Pairs) -> FastState:
 def set_aside(
     fast: FastState, pairs: Pairs, position: Tensor, known: Tensor, lane: Tensor
 ) -> FastState:
-    """Offer pairs to both halves of the probes, and their keys to the old keys.
+    """Offer pairs to both halves of the probes.
 
-    All three are fair samples of everything that was ever consolidated: a hash of lane and position
-    says which half a pair belongs to and how it ranks, so a sample does not depend on when which
-    pair was offered. Old keys rank by another hash. So a probe's key is rehearsed exactly as often
-    as that of any other pair, and probes tell what happens to all.
+    Both are fair samples of everything that was ever consolidated: a hash of lane and position says
+    which half a pair belongs to and how it ranks, so a sample does not depend on when which pair
+    was offered.
 
     Args:
         position: [B, H, n] of the pairs; known: [B, H, n] bool, those that are offered.
@@ -172,29 +169,18 @@ def set_aside(
     for half, mine in enumerate((first, ~first)):
         held = ProbeState(*(t.chunk(2, 2)[half] for t in fast.probes))
         offered = ProbeState(k, v, torch.where(known & mine, position, -1))
-        halves.append(_sample(held, offered, lane, seed=1))
-    probes = ProbeState(*(torch.cat(pair, 2) for pair in zip(*halves, strict=True)))
-    old = fast.old
-    if old:
-        old = _sample(old, KeyState(k, torch.where(known, position, -1)), lane, seed=3)
-    return fast._replace(probes=probes, old=old)
+        halves.append(_sample(held, offered, lane))
+    return fast._replace(probes=ProbeState(*(torch.cat(p, 2) for p in zip(*halves, strict=True))))
 
 
-def _sample(held: Sample, offered: Sample, lane: Tensor, seed: int) -> Sample:
+def _sample(held: ProbeState, offered: ProbeState, lane: Tensor) -> ProbeState:
     """As many as `held` has rows, the highest of both by a hash of lane and position."""
     rows = held.position.shape[-1]
-    both = type(held)(*(torch.cat(pair, 2) for pair in zip(held, offered, strict=True)))
-    rank = hash_uniform(both.position, lane[:, None, None], seed)
+    both = ProbeState(*(torch.cat(pair, 2) for pair in zip(held, offered, strict=True)))
+    rank = hash_uniform(both.position, lane[:, None, None], seed=1)
     rank = torch.where(both.position >= 0, rank, -1.0)
     best = rank.argsort(dim=-1, descending=True, stable=True)[..., :rows]
-    return _keep(type(held)(*(take(t, best) for t in both)), rank.gather(-1, best) >= 0)
-
-
-def _keep(sample: Sample, kept: Tensor) -> Sample:
-    """The rows [B, H, P] that are kept, emptiness elsewhere."""
-    *rows, position = sample  # position is the last field of both kinds
-    rows = [torch.where(kept[..., None], t, 0.0) for t in rows]
-    return type(sample)(*rows, torch.where(kept, position, -1))
+    return only(ProbeState(*(take(t, best) for t in both)), rank.gather(-1, best) >= 0)
 
 
 def _answers(fast: FastState, full: FastState, k: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ Shapes: B lanes, H heads, S store places, n pairs of a unit, M marked pairs, K h
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,11 @@ from torch import Tensor
 
 from wakesleep.kernels.protected_write import protected_write
 from wakesleep.kernels.rehearsed_write import rehearsed_write
-from wakesleep.ttl.fast import answer
+from wakesleep.ttl.fast import answer, held_keys
 from wakesleep.ttl.key_space import KeySpace, unit_key
-from wakesleep.ttl.state import FastState, StoreState
+from wakesleep.ttl.state import FastState, KeyState, ProbeState, StoreState
+
+Sample = TypeVar("Sample", ProbeState, KeyState)
 
 SAME_KEY = 0.98  # cosine of two keys from which on they are one
 INSTEAD = 20.0  # weight of a pair against another value of its key that is there
@@ -45,13 +47,64 @@ class Pairs(NamedTuple):
     replaces: Tensor  # [B, H, n] bool: a probe or an old key says that it had another value
 
 
-def seen_by(space: KeySpace, store: StoreState) -> StoreState:
-    """The store as fast weights see it: their keys, and pairs of heads alone that they can answer.
+def seen_by(space: KeySpace, store: StoreState, fast: FastState) -> tuple[StoreState, FastState]:
+    """Both with keys as fast weights see them, and of the store those heads that they can answer.
 
     A head whose queries do not tell what they look for keeps its pairs.
     """
     position = torch.where(space.answers[:, None], store.position, -1)
-    return store._replace(k=space.keys(store.k), position=position)
+    if fast.old:
+        fast = fast._replace(old=fast.old._replace(k=space.keys(fast.old.k)))
+    return store._replace(k=space.keys(store.k), position=position), fast
+
+
+def unseen(fast: FastState, before: FastState) -> FastState:
+    """`fast` with the keys of `before`, from which rows may have gone since."""
+    if not fast.old:
+        return fast
+    k = torch.where(fast.old.position[..., None] >= 0, before.old.k, 0.0)
+    return fast._replace(old=fast.old._replace(k=k))
+
+
+def keep_keys(fast: FastState, store: StoreState, pairs: Pairs, known: Tensor) -> FastState:
+    """Let the keys of written pairs compete for the rows of an MLP: the best scores stay.
+
+    What lost its key can no longer be asked for: it stays no probe.
+
+    Args:
+        store: as it is, not as fast weights see it.
+        known: [B, H, n] bool, the pairs whose keys compete.
+    """
+    if not fast.old:
+        return fast
+    k, score, position = (take(t, pairs.place) for t in (store.k, store.score, store.position))
+    new = KeyState(k, torch.where(known, score, -torch.inf), torch.where(known, position, -1))
+    both = KeyState(*(torch.cat(pair, 2) for pair in zip(fast.old, new, strict=True)))
+    best = both.score.argsort(dim=-1, descending=True, stable=True)
+    old = KeyState(*(take(t, best[..., : fast.old.k.shape[2]]) for t in both))
+    fast = fast._replace(old=old)
+    return fast._replace(probes=only(fast.probes, can_be_asked(fast, fast.probes.position)))
+
+
+def can_be_asked(fast: FastState, position: Tensor) -> Tensor:
+    """Which written pairs, at position [B, H, n], fast weights can be asked for: [B, H, n] bool.
+
+    A matrix for all of them, an MLP for those whose key it holds.
+    """
+    if not fast.old:
+        return position >= 0
+    same = position[..., None] == fast.old.position[..., None, :]
+    return (position >= 0) & same.any(-1)
+
+
+def only(sample: Sample, rows: Tensor) -> Sample:
+    """The `rows` [B, H, P] bool of a sample, emptiness elsewhere."""
+    empty = {"k": 0.0, "v": 0.0, "score": -torch.inf, "position": -1}
+    fields = {}
+    for name, t in sample._asdict().items():
+        where = rows.view(*rows.shape, *[1] * (t.dim() - 3))
+        fields[name] = torch.where(where, t, empty[name])
+    return type(sample)(**fields)
 
 
 def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> Pairs:
@@ -59,7 +112,8 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> 
 
     Need is a pair's rank by score in its head, gain the share of its value that is not given back.
     Left out are pairs that are not finite, marked or set aside as probes, those with too small a
-    score, and those that a later pair with the same key supersedes.
+    score or, for an MLP, with a smaller one than any key that it holds, once it is full, and those
+    that a later pair with the same key supersedes.
 
     Args:
         worth: score from which on a pair is worth a write.
@@ -70,6 +124,8 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> 
     need = store.score.argsort(dim=-1).argsort(dim=-1) + 1.0
     aside = (store.position[..., None] == fast.probes.position[..., None, :]).any(-1)
     usable &= (store.score >= worth) & (fast.asleep != store.position) & ~aside
+    if fast.old:
+        usable &= store.score > fast.old.score.amin(-1, keepdim=True)
     worth = torch.where(usable, need * gain, -torch.inf)
     order = worth.argsort(dim=-1, descending=True, stable=True)[..., : 2 * num_pairs]
     old = _superseded(take(k, order), store.position.gather(-1, order), k, store.position)
@@ -148,17 +204,11 @@ def release(
     best = torch.where(usable[..., None, :], near, -torch.inf).amax(-1)
     own = torch.cosine_similarity(told, values, dim=-1)
     found = marked.gather(-1, place) & (own >= tolerance) & (own >= best - 1e-6)
+    found &= can_be_asked(fast, position)
     free = torch.zeros_like(marked).scatter(-1, place, found)
     later = torch.where(found, position, -1)
     free |= (store.position >= 0) & _superseded(k, store.position, keys, later)
     return emptied(store, free), fast._replace(asleep=torch.full_like(fast.asleep, -1))
-
-
-def held_keys(fast: FastState) -> int:
-    """Rows in front of an MLP's old keys that hold one in any head; 0 of a matrix."""
-    held = fast.old.position >= 0 if fast.old else fast.asleep[..., :0] >= 0
-    rows = held.flatten(0, -2).any(0).nonzero()
-    return int(rows[-1]) + 1 if len(rows) else 0
 
 
 def take(t: Tensor, place: Tensor) -> Tensor:

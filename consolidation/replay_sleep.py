@@ -38,17 +38,20 @@ from wakesleep.consolidation.gate import (
 )
 from wakesleep.consolidation.night import INTERRUPTED, Night, share, total
 from wakesleep.consolidation.replay import (
+    can_be_asked,
     change,
     choose,
     emptied,
+    keep_keys,
     mark,
     release,
     seen_by,
     take,
+    unseen,
 )
 from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.model import ModelConfig
-from wakesleep.ttl.state import BlockState, FastState, StoreState, map_state
+from wakesleep.ttl.state import BlockState, FastState, map_state
 
 
 def replay_layers(c: ModelConfig) -> list[int]:
@@ -129,8 +132,8 @@ class ReplayNight(Night):
         block, sizes = self.state.blocks[layer], self._sizes(layer)
         tolerance = self.config.tolerance
         self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, sizes.unit_pairs)))
-        seen = self._seen(layer)
-        pairs = choose(seen, block.fast, sizes.unit_pairs, self.config.worth)
+        seen, fast = seen_by(self._space(layer), block.store, block.fast)
+        pairs = choose(seen, fast, sizes.unit_pairs, self.config.worth)
         num_pairs = pairs.chosen.shape[-1]
         if not num_pairs:
             return False
@@ -139,7 +142,7 @@ class ReplayNight(Night):
         self.spend("sleep", total(write, mark_cost(sizes)))
         self.spend("gate", gate_cost(sizes, num_pairs))
         lam = self.model.config.fast.lam
-        fast = without_superseded(block.fast, pairs)
+        fast = without_superseded(fast, pairs)
         full = change(fast, pairs, lam, self.generator)
         noise = torch.randn(NOISE_CUES, sizes.head_dim, generator=self.generator)
         cues = unit_key(noise.to(fast.s.device))
@@ -148,6 +151,8 @@ class ReplayNight(Night):
         new = advance(fast, full, verdict.step)
         known = known_after(new, pairs, tolerance) & passed[..., None]
         position = take(block.store.position, pairs.place)
+        new = keep_keys(unseen(new, block.fast), block.store, pairs, known)
+        known &= can_be_asked(new, position)
         new = set_aside(new, pairs, position, known, self.state.lane)
         # heads that did not pass keep their probes and old keys as well, superseded or not
         new = _by_head(passed, mark(seen, new, pairs, tolerance), block.fast)
@@ -171,15 +176,12 @@ class ReplayNight(Night):
         if not bool(marked.any()) or not self.affords(cost):
             return
         self.spend("sleep", cost)
-        seen = self._seen(layer)
+        seen, _ = seen_by(self._space(layer), block.store, block.fast)
         left, fast = release(seen, block.fast, self.config.tolerance, self.generator)
         free = (seen.position >= 0) & (left.position < 0)
         self.released += int(free.sum())
         store = emptied(block.store, free)
         self._put(layer, block._replace(store=store, fast=fast))
-
-    def _seen(self, layer: int) -> StoreState:
-        return seen_by(self._space(layer), self.state.blocks[layer].store)
 
     def _space(self, layer: int) -> KeySpace:
         return self.model.blocks[layer].attention.fast.space

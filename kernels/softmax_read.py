@@ -50,6 +50,12 @@ def widen_placeless_key(k: Tensor, rotary: int) -> Tensor:
     return torch.cat([torch.zeros_like(r), unit(r), c], -1)
 
 
+def widen_stored_key(k: Tensor, turn: Tensor) -> Tensor:
+    """k [..., K] at the distances of turn behind the window: [..., R + K]."""
+    r, c = k.split([2 * turn.shape[-1], k.shape[-1] - 2 * turn.shape[-1]], -1)
+    return torch.cat([torch.zeros_like(r), rotate(unit(r), turn, backwards=True), c], -1)
+
+
 def unit(r: Tensor) -> Tensor:
     """r at length 1 (0 stays 0)."""
     return torch.nn.functional.normalize(r, dim=-1, eps=1e-6)

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wakesleep.consolidation.gate import NOISE_CUES, advance, judge, known_after, set_aside
-from wakesleep.consolidation.replay import change, choose, mark, take
+from wakesleep.consolidation.replay import (
+    can_be_asked,
+    change,
+    choose,
+    keep_keys,
+    mark,
+    take,
+)
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.kernels.rehearsed_write import rehearsed_write
 from wakesleep.streams.quantities import size
@@ -59,7 +66,9 @@ def replayed(
         new = advance(fast, full, step)
         known = known_after(new, pairs, tolerance) & (step > 0)[..., None]
         position = take(store.position, pairs.place)
-        fast = mark(store, set_aside(new, pairs, position, known, lane), pairs, tolerance)
+        new = keep_keys(new, store, pairs, known)
+        new = set_aside(new, pairs, position, known & can_be_asked(new, position), lane)
+        fast = mark(store, new, pairs, tolerance)
     return fast.s
 
 

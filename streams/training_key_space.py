@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep.streams.ranks import Ranks
-from wakesleep.ttl.key_space import KeySpace
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import StoreState, StreamState
 
@@ -23,11 +22,12 @@ class KeySpaces:
     def __init__(self, model: TTLModel) -> None:
         self.rotary = [block.attention.rotary_dims for block in model.blocks]
         layers = [(i, block.attention.fast) for i, block in enumerate(model.blocks)]
-        self.spaces = {i: fast.space for i, fast in layers if fast is not None and fast.space}
+        layers = [(i, fast) for i, fast in layers if fast is not None and fast.space]
+        self.spaces = {i: fast.space for i, fast in layers}
         self.seen: dict[int, list[Tensor]] | None = None  # None: nobody listens
         self.taken: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer, space in self.spaces.items():
-            space.register_forward_hook(self._hook(layer))
+        for layer, fast in layers:
+            fast.register_forward_pre_hook(self._hook(layer))
 
     def start(self) -> None:
         """Listen until `take`: not to validations, nor to what a backward pass computes again."""
@@ -70,9 +70,9 @@ class KeySpaces:
         self.taken.clear()
 
     def _hook(self, layer: int):
-        def hook(_space: KeySpace | nn.Module, inputs: tuple[Tensor], _mapped: Tensor) -> None:
+        def hook(_fast: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
             if self.seen is not None:
-                self.seen.setdefault(layer, []).append(inputs[0].detach())
+                self.seen.setdefault(layer, []).append(inputs[1].detach())  # queries
 
         return hook
 

@@ -22,8 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wakesleep.consolidation.gate import set_aside
-from wakesleep.consolidation.replay import change, choose, emptied, seen_by
+from wakesleep.consolidation.replay import change, choose, emptied, keep_keys, seen_by, unseen
 from wakesleep.streams.distractors import own
 from wakesleep.ttl.key_space import KeySpace
 from wakesleep.ttl.model import TTLModel
@@ -64,7 +63,7 @@ def sleep_drop(
     for block, module in zip(state.blocks, model.blocks, strict=True):
         if block.store is not None and block.fast.asleep.numel():
             space = module.attention.fast.space
-            some = Offer(lanes, state.lane, num_pairs, foreign)
+            some = Offer(lanes, num_pairs, foreign)
             block = merge(lanes, _slept(block, space, some, lam, generator), block)
         blocks.append(block)
     return state._replace(blocks=tuple(blocks))
@@ -74,7 +73,6 @@ class Offer(NamedTuple):
     """What a sleep may write."""
 
     lanes: Tensor  # [B] bool: those that sleep
-    numbers: Tensor  # [B] int64 of all lanes
     num_pairs: int  # per head at most
     foreign: Sequence[tuple[int, int]]  # ranges of positions at which distractors are
 
@@ -89,12 +87,10 @@ def _slept(
         others = (store.position >= 0) & ~own(store.position, offer.foreign)
         some = (num_pairs / others.sum(-1, keepdim=True).clamp(min=1)).clamp(max=OFFERED)
         offered = torch.where(drawn < torch.where(others, some, OFFERED), store.position, -1)
-        seen = seen_by(space, store._replace(position=offered))
-        pairs = choose(seen, block.fast, num_pairs, worth=-math.inf)
-        fast = change(block.fast, pairs, lam, generator)
-        position = store.position.gather(-1, pairs.place)
-        # an MLP rehearses old keys
-        fast = set_aside(fast, pairs, position, pairs.chosen, offer.numbers)
+        seen, fast = seen_by(space, store._replace(position=offered), block.fast)
+        pairs = choose(seen, fast, num_pairs, worth=-math.inf)
+        fast = unseen(change(fast, pairs, lam, generator), block.fast)
+        fast = keep_keys(fast, store, pairs, pairs.chosen)
         free = torch.zeros_like(store.position, dtype=torch.bool)
         free = free.scatter(-1, pairs.place, pairs.chosen)
     return block._replace(store=emptied(store, free), fast=fast)

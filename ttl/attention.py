@@ -8,6 +8,7 @@ No position grows with the stream: window keys are rotated by their slot in the 
 and the stored pair of rank r (newest = 0) is always read from the distance W + C + r. Behind the
 window the rotary dimensions count at length 1: they tell the later of two equal pairs, but from
 rank 0 to any other a logit changes by less than one nat, so that no pair is lost for being old.
+Keys whose values an MLP of fast weights holds are one more group, read from the last rank of all.
 
 Shapes: B lanes, T tokens, H heads, K head width, W window, C chunk, N chunks, G = N * C slots,
 S places, D model width, R rotary dimensions, L visible places.
@@ -30,9 +31,10 @@ from wakesleep.kernels.softmax_read import (
     softmax_read,
     widen_placeless_key,
     widen_query,
+    widen_stored_key,
     widen_window_key,
 )
-from wakesleep.ttl.fast import FastConfig, FastWeights
+from wakesleep.ttl.fast import FastConfig, FastWeights, Told
 from wakesleep.ttl.grid import Grid, carry, gather, scatter
 from wakesleep.ttl.recompute import recomputed
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, FastState, StoreState, WindowState
@@ -64,6 +66,13 @@ class AttentionInput(NamedTuple):
     blind: Tensor | None = None  # [B, T] bool: queries that see of the window themselves alone
     recompute: bool = False  # reads and writes of a chunk are done again in the backward pass
     keep_power: float | None = None  # of what fast weights keep, in a pass of sleep; None = awake
+
+
+class TurnedKeys(NamedTuple):
+    """What an MLP of fast weights holds, for the softmax."""
+
+    fast: Told
+    k: Tensor  # [B, H, N, R + K]
 
 
 class WindowAttention(nn.Module):
@@ -177,13 +186,14 @@ class WindowAttention(nn.Module):
         if blind is not None:
             blind = scatter(grid, blind, torch.zeros_like(blind[:, :1]).expand(-1, C))
         given = given._replace(blind=blind)
-        asleep = None
+        asleep = told = None
         if self.fast is not None:
             pairs = (slots[0], slots[1], live)
             power = 1.0 if given.keep_power is None else given.keep_power
             asleep, fast = self.fast(x, q, *pairs, fast, grid, power, given.recompute)
+            told = self._told(fast, store, given.rank_table, W)
         q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
-        values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page)
+        values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page, told)
         state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)
         y = gather(grid, values, x.shape[1])
         y = self.out(y if asleep is None else y + asleep.flatten(2))
@@ -197,10 +207,10 @@ class WindowAttention(nn.Module):
         k = nn.functional.rms_norm(k, (self.head_dim,), eps=1e-6) * self.k_gain
         return torch.stack([k, v.to(k.dtype)], 2)
 
-    @property
-    def _front(self) -> int:
-        """Keys in front of the window's: sink, persistent pairs, page."""
-        return 1 + self.num_persistent + self.page
+    def _front(self, told: TurnedKeys | None) -> int:
+        """Keys in front of the window's: sink, persistent pairs, those of an MLP, page."""
+        rows = told.k.shape[2] if told is not None else 0
+        return 1 + self.num_persistent + rows + self.page
 
     @property
     def _scores_by_mass(self) -> bool:
@@ -233,7 +243,22 @@ class WindowAttention(nn.Module):
             return torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
         return read_weight
 
-    def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight, page):
+    def _told(self, fast: FastState, store, rank_table: Tensor | None, window: int):
+        """What an MLP holds, its keys as if they were the store's last; None: it holds nothing."""
+        told = self.fast.told(fast)
+        if told is None:
+            return None
+        if store is None:
+            last = torch.zeros(1, dtype=torch.int64, device=told.k.device)
+        elif rank_table is None:
+            last = store.position.new_tensor([store.position.shape[-1] - 1])
+        else:
+            last = rank_table[:, -1]
+        behind = window + self.chunk + last  # [B or 1]
+        turn = rotary_table(int(behind.max()) + 1, self.rotary_dims, ROTARY_BASE, self.q_gain)
+        return TurnedKeys(told, widen_stored_key(told.k, turn[behind, None, None]))
+
+    def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight, page, told):
         """The chunk loop: read with the store frozen, then let the oldest chunk leave the window.
 
         q: [B, G, H, K]; frame: W + G slots; weight, given.blind: [B, G] or None.
@@ -249,7 +274,8 @@ class WindowAttention(nn.Module):
         reader = None
         if store is not None:
             of = (self.store.config.quota, store, turns[W + C :], given.rank_table)
-            reader = BufferReader(*of, self._front + W + C) if fast else PieceReader(*of)
+            head = self._front(told) + W + C
+            reader = BufferReader(*of, head) if fast else PieceReader(*of)
         again = given.recompute and not fast
         read_chunk = recomputed(self._read_chunk) if again else self._read_chunk
         shown = _overlapping(k, v, W + C, C, cut=not fast)
@@ -261,13 +287,13 @@ class WindowAttention(nn.Module):
             blind = None if given.blind is None else given.blind[:, here]
             parts = (queries[n], *shown[n], frame.live[:, at], blind)
             seen = copy(reader) if again else reader  # as it is now, for the second time
-            y, p = read_chunk(*parts, seen, page, n)
+            y, p = read_chunk(*parts, seen, page, n, told)
             values.append(y)
             if weight is not None:
                 p = p.detach().float()
                 p = torch.where(p > given.read_floor, p, 0.0) if given.read_floor else p
                 mass = torch.einsum("bhcl,bc->bhl", p, weight[:, here].float())
-                score = self._count_mass(mass, score, at, reader)
+                score = self._count_mass(mass, score, at, reader, self._front(told))
             if reader is not None and bool((grid.closed > n).any()):
                 gone = (*(t[n] for t in leaving), score[:, n * C : (n + 1) * C])
                 new = self._candidates(gone, frame.live, n, grid, given)
@@ -291,10 +317,10 @@ class WindowAttention(nn.Module):
         bias = self.page_bias[:, None, None]
         return torch.where(seen[:, None], bias, bias.new_full((), -torch.inf))
 
-    def _read_chunk(self, q, k, v, live, blind, reader, page: PageView | None, n: int):
+    def _read_chunk(self, q, k, v, live, blind, reader, page: PageView | None, n: int, told=None):
         """Read chunk n: q [B, H, C, R + K] against front, window (in pieces) and store."""
         C = q.shape[2]
-        keys, values = self._front_pairs(k[0], v[0], page)
+        keys, values = self._front_pairs(k[0], v[0], page, told)
         keys, values = [*keys, *k], [*values, *v]
         seen, shown = live.cumsum(1)[:, -C:], live[:, None]  # [B, C] keys up to each query
         if blind is not None:
@@ -308,6 +334,8 @@ class WindowAttention(nn.Module):
             paged = self._page_bias(page, n)
             seen = seen + paged[:, 0].isfinite().sum(-1)
         seen, values = seen[:, None], [torch.cat(values, 2)]
+        if told is not None:
+            seen = seen + told.fast.held.sum(-1)[..., None]
         stored = reader is not None and reader.used > 0
         if stored:
             values += reader.values
@@ -319,27 +347,42 @@ class WindowAttention(nn.Module):
             logits = reader.logits(q, keys)
         else:
             logits = torch.matmul(q, torch.cat(keys, 2).transpose(2, 3))
-        causal_at = self._front + live.shape[1] - C
-        bias = _bias(self._front, shown, reader if stored else None, paged, q)
-        return softmax_read(logits, values, self.sink, causal_at, bias)
+        front = self._front(told)
+        bias = _bias(front, shown, reader if stored else None, paged, q)
+        of = (values, self.sink, front + live.shape[1] - C, bias)
+        if told is None:
+            return softmax_read(logits, *of)
+        first = 1 + self.num_persistent
+        here = slice(first, first + told.k.shape[2])
+        logits[..., here].masked_fill_(~told.fast.held[:, :, None], -torch.inf)
+        y, p = softmax_read(logits, *of)
+        return y + self.fast.recall(told.fast, p[..., here]).to(y.dtype), p
 
-    def _front_pairs(self, k: Tensor, v: Tensor, page: PageView | None):
-        """Keys [B, H, ., R + K] and values [B, H, ., K] of the sink, persistent pairs, page."""
+    def _front_pairs(self, k: Tensor, v: Tensor, page: PageView | None, told):
+        """Keys [B, H, ., R + K] and values [B, H, ., K] of all that is in front of the window's.
+
+        What an MLP holds has no value here.
+        """
         B, H, _, K = v.shape
         keys, values = [k.new_zeros(B, H, 1, k.shape[-1])], [v.new_zeros(B, H, 1, K)]
         if self.persistent is not None:
             always_k, always_v = self.persistent.expand(B, -1, -1, -1, -1).unbind(1)
             keys.append(widen_placeless_key(always_k, self.rotary_dims))
             values.append(always_v)
+        if told is not None:
+            keys.append(told.k.to(k.dtype))
+            values.append(v.new_zeros(1, 1, 1, 1).expand(B, H, told.k.shape[2], K))
         if page is not None:
             page_k, page_v = page.kv.permute(2, 0, 3, 1, 4)  # [B, H, P, K]
             keys.append(widen_placeless_key(page_k, self.rotary_dims))
             values.append(page_v)
         return keys, values
 
-    def _count_mass(self, mass: Tensor, score: Tensor, at: slice, reader) -> Tensor:
-        """Book a chunk's read mass [B, H, L]: the store's in the store, the window's in score."""
-        first = self._front
+    def _count_mass(self, mass: Tensor, score: Tensor, at: slice, reader, first: int) -> Tensor:
+        """Book a chunk's read mass [B, H, L]: the store's in the store, the window's in score.
+
+        first: number of keys in front of the window's.
+        """
         end = first + at.stop - at.start
         if reader is not None and reader.used:
             reader.add_mass(mass[..., end:], into_score=self._scores_by_mass)

@@ -2,11 +2,15 @@
 
 A pair of the store is a pair of the fast weights: sleep writes it once more, here, and its place in
 the store is free. Keys and queries know no position and are of length 1, without what all of them
-share (`key_space.py`). A gate per head and token says how much of an answer is read: where nothing
-is asked, it can be shut.
+share (`key_space.py`).
 
-    kind="matrix"   a linear memory: written in closed form, holds about K pairs (safe)
-    kind="mlp"      two layers: written by gradient steps, holds several times as many (capacity)
+    kind="matrix"   a linear memory: written in closed form, holds about K pairs (safe). Its answer
+                    to a query is added to what the window says; a gate per head and token says
+                    how much of it is read: where nothing is asked, it can be shut.
+    kind="mlp"      two layers: written by gradient steps, holds several times as many (capacity).
+                    Keys stay outside, values go in. The softmax over window and store sees the
+                    keys as well, and says which one is meant, or that another pair is; the MLP
+                    gives the value. An answer alone cannot tell that its pair is not the one.
 
     write="asleep"   sleep alone writes; awake, all tokens read the same fast weights
     write="always"   every token writes by the gated delta rule, too, and reads behind its write:
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +39,11 @@ from wakesleep.ttl.memory_scan import Chunks, scan
 from wakesleep.ttl.state import FastState, KeyState, ProbeState
 
 PROBES = 256  # per head: half of them for the gate, half for an audit that it never sees
-OLD_KEYS = 8  # of an MLP that are kept to be rehearsed, in widths of a head
-GATE_INIT = 1.0  # of reads at the start: a written value comes back as it was
+OLD_KEYS = 16  # whose values an MLP can hold, in widths of a head
+GATE_INIT = 1.0  # of a matrix's reads at the start: a written value comes back as it was
 KEEP_INIT, STEP_INIT = 0.995, 0.5  # of writes awake
 GATE_STD = 0.02  # of the weights of all gates
+TINY = 1e-20  # share of a softmax below which nothing is found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,14 @@ class FastConfig:
             raise ValueError(f"fast.passes must be from 1 to 64, got {self.passes}")
 
 
+class Told(NamedTuple):
+    """What an MLP can be asked for, as the softmax sees it."""
+
+    s: Tensor  # [B, H, K, 2 M]
+    k: Tensor  # [B, H, N, K] keys, as those of stored pairs
+    held: Tensor  # [B, H, N] bool: rows that hold one
+
+
 class FastWeights(nn.Module):
     """The read of fast weights, and their write awake; they themselves are in the state."""
 
@@ -78,6 +91,9 @@ class FastWeights(nn.Module):
         if awake:
             starts = torch.cat([starts, torch.tensor([KEEP_INIT, STEP_INIT]).logit()])
         self.space = None if awake else KeySpace(num_heads, head_dim)
+        self.gates = None
+        if config.kind == "mlp":  # the softmax is its gate
+            return
         self.gates = nn.Linear(dim, len(starts) * num_heads)  # read, then keep and step
         nn.init.normal_(self.gates.weight, std=GATE_STD)
         with torch.no_grad():
@@ -100,8 +116,10 @@ class FastWeights(nn.Module):
         grid: Grid,
         keep_power: float = 1.0,
         recompute: bool = False,
-    ) -> tuple[Tensor, FastState]:
-        """What the call's tokens read, [B, T, H, K], and the next state.
+    ) -> tuple[Tensor | None, FastState]:
+        """What the call's tokens read of a matrix, [B, T, H, K], and the next state.
+
+        Of an MLP nothing: it is asked by the softmax, see `recall`.
 
         Args:
             x: [B, T, D] the block's input; q: [B, T, H, K] its queries.
@@ -109,6 +127,8 @@ class FastWeights(nn.Module):
             keep_power: exponent of what a token keeps: 0 = nothing decays.
             recompute: do the work of each chunk again in the backward pass.
         """
+        if self.gates is None:
+            return None, state
         gates = self.gates(x).to(state.gates.dtype)
         opened = F.softplus(gates[..., : self.num_heads])[..., None]  # [B, T, H, 1]
         if self.space is not None:
@@ -136,6 +156,36 @@ class FastWeights(nn.Module):
             y = (y * opened).to(q.dtype)
             s = run.stacks[0].unflatten(0, (B, -1)).to(state.s.dtype)
         return y, state._replace(s=s, gates=carry(grid, gates))
+
+    def told(self, state: FastState) -> Told | None:
+        """What an MLP can be asked for; None as long as nothing is."""
+        rows = held_keys(state)
+        if not rows:
+            return None
+        k, _, position = (t[:, :, :rows] for t in state.old)
+        return Told(state.s, k, position >= 0)
+
+    def recall(self, told: Told, p: Tensor) -> Tensor:
+        """What queries read of an MLP, [B, H, C, K] in float32.
+
+        One answer per query: to the mean of the keys that it finds, and as loud as it finds them.
+
+        Args:
+            p: [B, H, C, N] their probabilities of the keys.
+        """
+        with torch.autocast(p.device.type, enabled=False):
+            p = p.to(told.s.dtype)
+            found = p.sum(-1, keepdim=True)
+            mean = p @ told.k.to(p.dtype) / found.clamp(min=TINY)
+            return found * answer(told.s, self.space.keys(mean))
+
+
+def held_keys(state: FastState) -> int:
+    """Rows in front of an MLP's keys that hold one in any head; 0 of a matrix."""
+    if state.old is None:
+        return 0
+    rows = (state.old.position >= 0).flatten(0, -2).any(0).nonzero()
+    return int(rows[-1]) + 1 if len(rows) else 0
 
 
 def read(q: Tensor, state: FastState) -> Tensor:
@@ -186,7 +236,8 @@ def no_fast_weights(
     if hidden:
         covariance = covariance[:, :, :0].clone()
         keys = like.new_zeros(*heads, OLD_KEYS * head_dim, head_dim)
-        old = KeyState(keys, places.new_full(keys.shape[:-1], -1))
+        empty = torch.full(keys.shape[:-1], -1, device=like.device)
+        old = KeyState(keys, torch.full_like(empty, -math.inf, dtype=torch.float32), empty)
         s = first_weights(num_heads, head_dim, hidden).to(**wide).expand(batch, -1, -1, -1).clone()
     k = like.new_zeros(*heads, PROBES, head_dim)
     probes = ProbeState(k, k.clone(), places.new_full((*heads, PROBES), -1))

@@ -47,6 +47,7 @@ def segment_flops(
     window: int | None = None,
     capacity: int | None = None,
     written: Sequence[int] | None = None,
+    held: Sequence[int] | None = None,
     head: bool = True,
 ) -> list[PartCost]:
     """Cost of one call of `num_tokens` that starts at `position`, by part and layer.
@@ -61,6 +62,8 @@ def segment_flops(
             of the call's grid, open chunks included; of MAC those of the pages that the call
             completes), the same in every lane. None counts all tokens as written: exact without a
             gate, an upper bound with one.
+        held: rows of keys in each layer of fast weights that are an MLP, see `held_keys`; None =
+            nothing was written into any.
         head: whether the call gives logits.
     """
     c = config
@@ -86,7 +89,8 @@ def segment_flops(
                 hidden = c.store.hidden * (c.dim + c.num_heads)
                 parts.append(PartCost("admission", layer, 2 * tokens * hidden))
         if layer in c.fast_layers:
-            adds, solve = _fast(c, position, num_tokens)
+            rows = held[c.fast_layers.index(layer)] if held else 0
+            adds, solve = _fast(c, position, num_tokens, rows)
             parts.append(PartCost("fast weights", layer, 2 * batch * adds, batch * solve))
         if layer in c.memory_layers:
             cost = _pages if paged else _memory
@@ -117,10 +121,10 @@ def wake_flops(config: ModelConfig, position: int, num_tokens: int, **sizes) -> 
 
 
 def flop_table(config: ModelConfig) -> str:
-    """MFLOP per token by part, for people: whole pages (or chunks) read with a full store."""
+    """MFLOP per token by part, for people: whole pages (or chunks), store and fast weights full."""
     full, period = _full(config)
     rows: dict[str, tuple[float, list[str]]] = {}
-    for cost in segment_flops(config, full, period):
+    for cost in segment_flops(config, full, period, held=_all_keys(config)):
         total, layers = rows.get(cost.part, (0.0, []))
         layers = layers if cost.layer is None else [*layers, str(cost.layer)]
         rows[cost.part] = total + (cost.matmul + cost.linalg) / period / 1e6, layers
@@ -136,7 +140,13 @@ def flop_table(config: ModelConfig) -> str:
 def token_flops(config: ModelConfig) -> float:
     """FLOPs of reading one token, as the last line of `flop_table` has them."""
     full, period = _full(config)
-    return wake_flops(config, full, period) / period
+    return wake_flops(config, full, period, held=_all_keys(config)) / period
+
+
+def _all_keys(config: ModelConfig) -> list[int]:
+    """The keys that fast weights hold at most, layer by layer."""
+    most = OLD_KEYS * config.head_dim if config.fast.kind == "mlp" else 0
+    return [most] * len(config.fast_layers)
 
 
 def _full(config: ModelConfig) -> tuple[int, int]:
@@ -184,7 +194,7 @@ def state_bytes(
             numbers += 2 * c.chunk if c.fast.write == "always" else 0
             fast = max(4, size) * numbers + 8 * places + PROBES * (pair + 8)
             if hidden:
-                fast += OLD_KEYS * c.head_dim * (pair // 2 + 8)
+                fast += OLD_KEYS * c.head_dim * (pair // 2 + 4 + 8)
             parts.append(PartBytes("fast weights", layer, batch * H * fast))
     ids = SPAN + W + c.chunk
     parts.append(PartBytes("ids and counters", None, batch * 8 * (ids + 3)))
@@ -228,16 +238,20 @@ def _memory(
     return project + c.num_heads * adds, c.num_heads * solve
 
 
-def _fast(config: ModelConfig, position: int, num_tokens: int) -> tuple[int, int]:
+def _fast(config: ModelConfig, position: int, num_tokens: int, rows: int) -> tuple[int, int]:
     """Multiply-adds and cubes of solves of one lane's fast weights.
 
-    Written awake, they cost what a memory by the delta rule costs, three gates included, but for
-    the queries, keys and values, which are the window's.
+    An MLP's keys are read like those of the store, by whole chunks. Written awake, they cost what a
+    memory by the delta rule costs, three gates included, but for the queries, keys and values,
+    which are the window's.
     """
     c, H, K = config, config.num_heads, config.head_dim
+    if c.fast.kind == "mlp":
+        queries = len(_chunks(position, num_tokens, c.chunk)) * c.chunk if rows else 0
+        found = rows * (3 * K + K // 4 // 2 * 2 + (c.store.score == "mass"))
+        return queries * H * (found + K * K + 2 * K * hidden_width(c.fast, K)), 0
     if c.fast.write == "asleep":
-        read = K * (2 * hidden_width(c.fast, K) or K)
-        return num_tokens * H * (K * K + read + c.dim), 0  # queries are mapped first
+        return num_tokens * H * (2 * K * K + c.dim), 0  # queries are mapped first
     like = replace(c, combine="mag", memory=MemoryConfig(kind="delta"))
     adds, solve = _memory(like, position, num_tokens, None)
     return adds - num_tokens * c.dim * H * 4 * K, solve

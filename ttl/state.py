@@ -66,9 +66,10 @@ class ProbeState(NamedTuple):
 
 
 class KeyState(NamedTuple):
-    """A sample of the keys written into an MLP: each write rehearses what it gives for them."""
+    """Keys whose values an MLP holds, as the store had them; the loudest first, then emptiness."""
 
-    k: Tensor  # [B, H, N, K] of length 1
+    k: Tensor  # [B, H, N, K]
+    score: Tensor  # [B, H, N] float32, that of the store's place; -inf where empty
     position: Tensor  # [B, H, N] int64; -1 where empty
 
 

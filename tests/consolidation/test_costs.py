@@ -15,7 +15,7 @@ from wakesleep.consolidation.costs import (
     write_cost,
 )
 from wakesleep.consolidation.gate import NOISE_CUES, audit, judge, known_after, without_superseded
-from wakesleep.consolidation.replay import change, choose, mark, release
+from wakesleep.consolidation.replay import change, choose, mark, release, seen_by
 from wakesleep.ttl.fast import no_fast_weights
 from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.state import SPAN, StoreState
@@ -44,8 +44,8 @@ def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs, hidden):
         fast.old.position[:, :, :3] = 1
     linalg = 0 if hidden else B * H * (-(-(head_dim**3) // 3) + 2 * head_dim**3)
 
-    flops, keys = count(KeySpace(H, head_dim).keys, store.k)
-    assert flops == keys_cost(sizes).flops and torch.equal(keys, unit_key(store.k))
+    flops, (seen, fast) = count(seen_by, KeySpace(H, head_dim), store, fast)
+    assert flops == keys_cost(sizes).flops and torch.equal(seen.k, unit_key(store.k))
     flops, pairs = count(choose, store, fast, num_pairs, -1e9)
     assert flops == choose_cost(sizes, num_pairs).flops
     flops, full = count(change, fast, pairs, 0.05, torch.Generator().manual_seed(0))

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from wakesleep.consolidation.replay import change, choose, held_keys, mark, release, take
+from wakesleep.consolidation.replay import change, choose, keep_keys, mark, release, take
 from wakesleep.kernels.protected_write import joint_ridge
-from wakesleep.ttl.fast import no_fast_weights
+from wakesleep.ttl.fast import held_keys, no_fast_weights
 from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import SPAN, KeyState, ProbeState, StoreState
@@ -186,11 +186,56 @@ def test_an_old_key_of_an_mlp_says_that_it_had_another_value():
     fast = no_fast_weights(store.k, B, H, K, S, hidden=2 * K)
     first = choose(store, fast, 8, -math.inf)
     assert not first.replaces.any()
-    k, position = fast.old.k.clone(), fast.old.position.clone()
+    k, score, position = (t.clone() for t in fast.old)
     k[:, :, 3], position[:, :, 3] = first.k[:, :, 5], 1
-    again = choose(store, fast._replace(old=KeyState(k, position)), 8, -math.inf)
+    again = choose(store, fast._replace(old=KeyState(k, score, position)), 8, -math.inf)
     assert torch.equal(again.place, first.place)
     assert torch.equal(again.replaces, (torch.arange(8) == 5).expand(B, H, -1))
+
+
+def test_keys_of_the_best_scores_stay_however_they_were_offered():
+    stores = [make_store(seed=seed) for seed in range(3)]
+    stores = [s._replace(position=s.position + 1000 * i) for i, s in enumerate(stores)]
+    fast = no_fast_weights(stores[0].k, B, H, K, S, hidden=2 * K)
+    fast = fast._replace(old=KeyState(*(t[:, :, :40] for t in fast.old)))
+    probes = fast.probes._replace(position=fast.probes.position.clone())
+    probes.position[..., 0] = stores[0].position[..., 0]
+    fast = fast._replace(probes=probes)
+    everything = [choose(s, fast, S, -math.inf) for s in stores]
+    for store, pairs in zip(stores, everything, strict=True):
+        assert pairs.chosen.sum() > 0.7 * B * H * S
+        fast = keep_keys(fast, store, pairs, pairs.chosen)
+        assert (fast.old.score.diff() <= 0).all()
+        again = choose(store, fast, S, -math.inf)
+        enters = store.score.gather(-1, again.place) > fast.old.score[..., -1:]
+        assert enters[again.chosen].all()
+    scores = []
+    for store, pairs in zip(stores, everything, strict=True):
+        score = store.score.gather(-1, pairs.place)
+        scores.append(torch.where(pairs.chosen, score, -torch.inf))
+    score = torch.cat(scores, -1)
+    assert torch.equal(fast.old.score, score.topk(40, -1).values)
+    for store in stores:  # keys as they were in the store
+        same = fast.old.position[..., None] == store.position[..., None, :]
+        row, place = same.any(-1), same.to(torch.uint8).argmax(-1)
+        torch.testing.assert_close(fast.old.k[row], take(store.k, place)[row])
+    held = (fast.old.position == probes.position[..., :1]).any(-1)
+    assert torch.equal(fast.probes.position[..., 0] >= 0, held) and not held.all()
+
+
+def test_what_an_mlp_cannot_be_asked_for_stays_in_the_store():
+    store = make_store()
+    fast = no_fast_weights(store.k, B, H, K, S, hidden=8 * K)
+    pairs = choose(store, fast, 8, -math.inf)
+    written = change(fast, pairs, LAM, torch.Generator().manual_seed(0))
+    marked = mark(store, written, pairs, TOLERANCE)
+    assert (marked.asleep >= 0).sum() > 0.9 * pairs.chosen.sum()
+    some = pairs.chosen & (torch.arange(8) < 5)
+    for known, most in ((pairs.chosen, 8), (some, 5), (some & False, 0)):
+        asked = keep_keys(marked, store, pairs, known)
+        left, _ = release(store, asked, TOLERANCE, torch.Generator().manual_seed(0))
+        gone = ((store.position >= 0) & (left.position < 0)).sum(-1)
+        assert (gone <= most).all() and gone.sum() >= 0.7 * most * B * H
 
 
 def test_a_place_is_free_once_a_disturbed_cue_has_found_its_value_and_not_before():

@@ -68,6 +68,25 @@ def test_what_left_the_store_is_given_back_by_the_fast_weights(module):
     assert torch.equal(after.blocks[0].store.position, state.blocks[0].store.position)
 
 
+def test_an_mlp_can_be_asked_for_all_that_left_the_store():
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG.model, fast=FastConfig(kind="mlp"))
+    model = StreamModule(dataclasses.replace(CONFIG, model=config)).model
+    model.blocks[1].attention.fast.space.key_map.normal_()
+    state = model(torch.randint(64, (LANES, 48)), model.init_state(LANES))[1]
+    after = sleep_drop(model, state, torch.ones(LANES, dtype=torch.bool), 5, seed=3)
+    store, left, fast = state.blocks[1].store, after.blocks[1].store, after.blocks[1].fast
+    gone = torch.where((store.position >= 0) & (left.position < 0), store.position, -1)
+    same = gone[..., None] == fast.old.position[..., None, :5]
+    assert torch.equal(same.any(-1), gone >= 0)
+    assert (fast.old.position >= 0).sum() == LANES * 2 * 5
+    rows = same.to(torch.uint8).argmax(-2)  # the keys are those of the store, not of the space
+    assert torch.equal(
+        fast.old.k[:, :, :5], store.k.gather(2, rows[..., None].expand(-1, -1, -1, K))
+    )
+    assert store.k.requires_grad and not fast.old.k.requires_grad
+
+
 def test_a_training_in_bfloat16_writes_as_sleep_does(module):
     model = module.model
     with torch.no_grad():
@@ -98,13 +117,15 @@ def found_by_hand(module, queries, state, position, asks):
     return sums
 
 
-def test_behind_a_step_the_maps_follow_what_lanes_that_did_not_sleep_have_asked():
+@pytest.mark.parametrize("kind", ["matrix", "mlp"])
+def test_behind_a_step_the_maps_follow_what_lanes_that_did_not_sleep_have_asked(kind):
     torch.manual_seed(0)
     admission = dataclasses.replace(CONFIG.admission, keep_all_share=0.5)
-    module = StreamModule(dataclasses.replace(CONFIG, admission=admission))
-    space, source = module.model.blocks[1].attention.fast.space, open_source(CONFIG)
-    queries, asked, kinds = [], 0, set()
-    space.register_forward_hook(lambda _space, inputs, _mapped: queries.append(inputs[0].detach()))
+    model = dataclasses.replace(CONFIG.model, fast=FastConfig(kind=kind, expansion=2))
+    module = StreamModule(dataclasses.replace(CONFIG, admission=admission, model=model))
+    fast, source = module.model.blocks[1].attention.fast, open_source(CONFIG)
+    space, queries, asked, kinds = fast.space, [], 0, set()
+    fast.register_forward_pre_hook(lambda _fast, inputs: queries.append(inputs[1].detach()))
     take, given = module._key_spaces.take, []
     module._key_spaces.take = lambda *args, **keys: (given.append(args), take(*args, **keys))
     for number in range(8):

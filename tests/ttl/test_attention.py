@@ -10,17 +10,17 @@ import torch
 from wakesleep.kernels.rotary import rotary_table, rotate
 from wakesleep.ttl.attention import ROTARY_BASE, TAPS, AttentionInput
 from wakesleep.ttl.checks import assert_causal
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.grid import make_grid
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
-from wakesleep.ttl.state import SPAN, SPAN_AFTER, BlockState
+from wakesleep.ttl.state import SPAN, SPAN_AFTER, BlockState, StreamState
 from wakesleep.ttl.store import StoreConfig
 
 W, C, S, T, VOCAB = 8, 4, 6, 45, 31
 
 
-@pytest.fixture(scope="module")
-def model() -> TTLModel:
+def build(**options) -> TTLModel:
     torch.manual_seed(3)
     config = ModelConfig(
         vocab_size=VOCAB,
@@ -35,6 +35,7 @@ def model() -> TTLModel:
         memory_layers=(),
         store_layers=(0,),
         store=StoreConfig(capacity=S, hidden=8),
+        **options,
     )
     model = TTLModel(config).double()
     with torch.no_grad():
@@ -42,6 +43,23 @@ def model() -> TTLModel:
         attention.size_gain += torch.tensor([0.3, -0.1])
         attention.sink += torch.tensor([0.5, -0.5])
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> TTLModel:
+    return build()
+
+
+def taught(model) -> StreamState:
+    """A lane that has read nothing, and an MLP that holds 5 keys of one head, 3 of the other."""
+    state, draw = model.init_state(1), torch.Generator().manual_seed(8)
+    fast = state.blocks[0].fast
+    rows = torch.arange(fast.old.k.shape[2])
+    position = torch.where(rows < torch.tensor([[[5], [3]]]), rows, -1)
+    k = torch.randn(fast.old.k.shape, generator=draw).double() * (position >= 0)[..., None]
+    s = torch.randn(fast.s.shape, generator=draw).double()
+    fast = fast._replace(s=s, old=fast.old._replace(k=k, position=position))
+    return state._replace(blocks=(state.blocks[0]._replace(fast=fast),))
 
 
 def far(q, k, turn, scale):
@@ -52,10 +70,11 @@ def far(q, k, turn, scale):
     return 0.5 * cosine + scale * (q[R:] @ k[R:])
 
 
-def twin(attention, x, context=None, blind=()):
+def twin(attention, x, context=None, blind=(), fast=None):
     """Attention values [T, H * K] of one lane's x [T, D], one query at a time, from lists.
 
-    context: [T, D] what a memory gave back for each token (MAC); blind: queries without a window.
+    context: [T, D] what a memory gave back for each token (MAC); blind: queries without a window;
+    fast: state of fast weights that are an MLP.
     """
     H, K, R = attention.num_heads, attention.head_dim, attention.rotary_dims
     raw = attention.qkv(x)
@@ -82,7 +101,8 @@ def twin(attention, x, context=None, blind=()):
         window = range(t if t in blind else max(0, chunk * C - W), t + 1)
         for h in range(H):
             page = range(t // attention.page * attention.page, t + 1) if attention.page else ()
-            seen = 1 + len(page) + len(window) + len(store[h])
+            told = fast.old.k[0, h][fast.old.position[0, h] >= 0] if fast else ()
+            seen = 1 + len(told) + len(page) + len(window) + len(store[h])
             scale = (1 + attention.size_gain[h] * math.log(seen)) / math.sqrt(K)
             logits, values = [attention.sink[h]], [v.new_zeros(K)]
             logits.append(far(q[t, h], attention.persistent[0, h, 0], turns[0], scale))
@@ -99,11 +119,20 @@ def twin(attention, x, context=None, blind=()):
             for rank, p in enumerate(newest_first):
                 logits.append(far(q[t, h], k[p, h], turns[W + C + rank], scale))
                 values.append(v[p, h])
-            out.append(torch.softmax(torch.stack(logits), 0) @ torch.stack(values))
+            for key in told:
+                logits.append(far(q[t, h], key, turns[W + C + S - 1], scale))
+                values.append(v.new_zeros(K))
+            p = torch.softmax(torch.stack(logits), 0)
+            out.append(p @ torch.stack(values))
+            if fast:
+                p = p[len(p) - len(told) :]
+                key = attention.fast.space.keys((p @ told / p.sum())[None, None, None])[0, h]
+                a, b = fast.s[0, h].chunk(2, -1)
+                out[-1] = out[-1] + p.sum() * (torch.nn.functional.silu(key[0] @ a) @ b.T)
     return torch.stack(out).view(len(x), H * K)
 
 
-def read_and_caught(model, **given):
+def read_and_caught(model, state=None, **given):
     """What the attention of the first block was given, [T, D], and the values that it read."""
     x = torch.randint(VOCAB, (1, T), generator=torch.Generator().manual_seed(5))
     seen = []
@@ -112,7 +141,7 @@ def read_and_caught(model, **given):
         attention.register_forward_pre_hook(lambda _m, a: seen.append(a[0])),
         attention.out.register_forward_pre_hook(lambda _m, a: seen.append(a[0])),
     ]
-    model(x, model.init_state(1), **given)
+    model(x, state or model.init_state(1), **given)
     for hook in hooks:
         hook.remove()
     return seen[0], seen[1][0]
@@ -124,10 +153,21 @@ def test_values_equal_those_of_a_token_by_token_twin(model):
     assert (twin(model.blocks[0].attention, given[0]) - values).abs().max() < 1e-12
 
 
-def test_values_and_gradients_equal_those_of_the_twin(model):
+@pytest.mark.parametrize("asleep", [False, True])
+def test_values_and_gradients_equal_those_of_the_twin(model, asleep):
+    fast, state = None, None
+    if asleep:  # an MLP was written, and its keys are in the softmax
+        model = build(fast_layers=(0,), fast=FastConfig(kind="mlp", expansion=2))
+        state = taught(model)
+        fast = state.blocks[0].fast
+        with torch.no_grad():
+            model.blocks[0].attention.fast.space.key_map.normal_()
+            assert (read_and_caught(model, state)[1] - read_and_caught(model)[1]).abs().max() > 0.1
     attention = model.blocks[0].attention
-    given, values = read_and_caught(model)
-    expected = twin(attention, given[0])
+    given, values = read_and_caught(model, state)
+    with torch.no_grad():  # another form of the store's reading
+        assert (read_and_caught(model, state)[1] - values).abs().max() < 1e-12
+    expected = twin(attention, given[0], fast=fast)
     assert (expected - values).abs().max() < 1e-12
     probe = torch.randn(values.shape, generator=torch.Generator().manual_seed(6)).double()
     names = ["qkv.weight", "taps", "q_gain", "k_gain", "sink", "size_gain", "persistent"]

@@ -111,7 +111,13 @@ def begin(model: TTLModel):
 
     def wrote(block):
         s = torch.randn(block.fast.s.shape, generator=generator).to(block.fast.s.dtype)
-        return block._replace(fast=block.fast._replace(s=s))
+        old = block.fast.old
+        if old and len(s[0]):  # an MLP is asked for the keys that it holds
+            k = torch.randn(old.k.shape, generator=generator).to(s.dtype)
+            held = torch.arange(old.k.shape[2]) < 5
+            position = torch.where(held, torch.arange(len(held)), -1).expand(old.position.shape)
+            old = old._replace(k=torch.where(held[:, None], k, 0.0), position=position.clone())
+        return block._replace(fast=block.fast._replace(s=s, old=old))
 
     return state._replace(blocks=tuple(map(wrote, state.blocks)))
 

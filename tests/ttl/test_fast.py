@@ -26,6 +26,11 @@ def written(k, v) -> FastState:
     return state._replace(s=s, covariance=covariance)
 
 
+def with_fast(state, fast):
+    blocks = (b._replace(fast=f) for b, f in zip(state.blocks, fast, strict=True))
+    return state._replace(blocks=tuple(blocks))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["matrix", "mlp"])
 def test_fast_weights_say_nothing_until_they_are_written_and_behind_a_closed_gate(kind):
@@ -38,8 +43,15 @@ def test_fast_weights_say_nothing_until_they_are_written_and_behind_a_closed_gat
     wanted = without(tokens, without.init_state(2))[0]
     assert torch.equal(model(tokens, state)[0], wanted)
     fast = [b.fast._replace(s=torch.randn_like(b.fast.s)) for b in state.blocks]
-    blocks = (b._replace(fast=f) for b, f in zip(state.blocks, fast, strict=True))
-    written = state._replace(blocks=tuple(blocks))
+    written = with_fast(state, fast)
+    if kind == "mlp":  # its keys are in the softmax, with what it gives for them
+        assert torch.equal(model(tokens, written)[0], wanted)
+        for f in fast:
+            f.old.position[0, 1, 2], f.old.k[0, 1, 2] = 7, torch.randn(16)
+        told = model(tokens, with_fast(state, fast))[0]
+        assert not torch.allclose(told[0], wanted[0])
+        torch.testing.assert_close(told[1], wanted[1])  # of another lane
+        return
     assert not torch.allclose(model(tokens, written)[0], wanted)
     for block in model.blocks:
         block.attention.fast.gates.bias.fill_(SHUT)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep.ttl import memory_scan
-from wakesleep.ttl.fast import FastConfig
+from wakesleep.ttl.fast import OLD_KEYS, FastConfig
 from wakesleep.ttl.flops import flop_table, pass_flops, segment_flops, state_bytes, wake_flops
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
@@ -32,6 +32,7 @@ def make(memory=None, store=None, **options) -> ModelConfig:
     )
 
 
+HELD = 5  # keys of an MLP
 CONFIGS = {
     "window only": make(),
     "persistent, odd rotary share": make(num_persistent=3, head_dim=20),
@@ -66,9 +67,17 @@ def counted(model, position, num_tokens, batch=1, *, head=True, **sizes) -> Flop
     state = model.init_state(batch, **sizes)
     if position:
         _, state, _ = model(draw(batch, position), state)
+    if held(model.config):  # as if sleep had written something
+        for block in state.blocks:
+            if block.fast.old:
+                block.fast.old.position[:, :, :HELD] = 1
     with FlopCounterMode(display=False) as counter:
         model(draw(batch, num_tokens), state, head=head)
     return counter
+
+
+def held(config) -> list[int]:
+    return [HELD] * len(config.fast_layers) if config.fast.kind == "mlp" else []
 
 
 def matmul(costs) -> int:
@@ -83,7 +92,8 @@ CALLS = [(0, 9, 1), (3, 2, 3), (8, 3 * C, 1), (29, 10, 3), (33, 0, 1), (40, C, 1
 def test_formula_equals_what_torch_counts(config):
     model = TTLModel(config)
     for position, num_tokens, batch in CALLS:
-        expected = matmul(segment_flops(config, position, num_tokens, batch=batch))
+        rows = held(config)
+        expected = matmul(segment_flops(config, position, num_tokens, batch=batch, held=rows))
         # a store with gradients is read in pieces, which is not what the wake budget pays for
         for grad in (False,) if config.store_layers else (False, True):
             with torch.set_grad_enabled(grad):
@@ -97,7 +107,8 @@ def test_each_part_equals_what_torch_counts_in_its_module(config):
     model, position, num_tokens = TTLModel(config), 30, 11
     counter = counted(model, position, num_tokens, 2)
     modules = counter.get_flop_counts()
-    costs = {(c.part, c.layer): c for c in segment_flops(config, position, num_tokens, batch=2)}
+    parts = segment_flops(config, position, num_tokens, batch=2, held=held(config))
+    costs = {(c.part, c.layer): c for c in parts}
 
     def inside(name: str) -> int:
         return sum(modules.get(f"TTLModel.{name}", {}).values())
@@ -210,12 +221,13 @@ def test_table_is_what_a_token_costs_once_the_store_is_full(config):
     lines = flop_table(config).splitlines()
     rows = {line[:14].strip(): line[14:].split() for line in lines[1:]}
     full, tokens = 24 * 100, 24 * 10
-    costs = segment_flops(config, full, tokens)
+    sizes = {"held": [OLD_KEYS * config.head_dim for _ in held(config)]}
+    costs = segment_flops(config, full, tokens, **sizes)
     for part, (number, share, *_) in rows.items():
         found = [c for c in costs if part in ("all", c.part)]
         exact = sum(c.matmul + c.linalg for c in found) / tokens / 1e6
         assert float(number) == pytest.approx(exact, abs=6e-4)
-        whole = wake_flops(config, full, tokens) / tokens / 1e6
+        whole = wake_flops(config, full, tokens, **sizes) / tokens / 1e6
         assert float(share.rstrip("%")) == pytest.approx(100 * exact / whole, abs=0.06)
     assert list(rows)[-2:] == ["head", "all"] and {c.part for c in costs} == set(rows) - {"all"}
     stored = "store of" in lines[0]
