@@ -133,4 +133,4 @@ def _probes(sizes: Sizes) -> int:
 
 
 def _old(sizes: Sizes) -> int:
-    return sizes.heads * sizes.old_keys * (sizes.head_dim * sizes.itemsize + 4 + 8)
+    return sizes.heads * sizes.old_keys * (sizes.head_dim * sizes.itemsize + 4 + 8 + 1)

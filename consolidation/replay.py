@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wakesleep.kernels.protected_write import protected_write
 from wakesleep.kernels.rehearsed_write import rehearsed_write
-from wakesleep.ttl.fast import answer, held_keys
+from wakesleep.ttl.fast import answer, follow, held_keys
 from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.state import FastState, KeyState, ProbeState, StoreState
 
@@ -78,7 +78,8 @@ def keep_keys(fast: FastState, store: StoreState, pairs: Pairs, known: Tensor) -
     if not fast.old:
         return fast
     k, score, position = (take(t, pairs.place) for t in (store.k, store.score, store.position))
-    new = KeyState(k, torch.where(known, score, -torch.inf), torch.where(known, position, -1))
+    score, position = torch.where(known, score, -torch.inf), torch.where(known, position, -1)
+    new = KeyState(k, score, position, known & False)
     both = KeyState(*(torch.cat(pair, 2) for pair in zip(fast.old, new, strict=True)))
     best = both.score.argsort(dim=-1, descending=True, stable=True)
     old = KeyState(*(take(t, best[..., : fast.old.k.shape[2]]) for t in both))
@@ -86,20 +87,26 @@ def keep_keys(fast: FastState, store: StoreState, pairs: Pairs, known: Tensor) -
     return fast._replace(probes=only(fast.probes, can_be_asked(fast, fast.probes.position)))
 
 
+def opened(fast: FastState, store: StoreState) -> FastState:
+    """The softmax sees the keys that an MLP holds of pairs that are not in the store."""
+    if not fast.old:
+        return fast
+    position = fast.old.position
+    outside = (position >= 0) & (follow(store.position, position) < 0)
+    return fast._replace(old=fast.old._replace(open=outside))
+
+
 def can_be_asked(fast: FastState, position: Tensor) -> Tensor:
     """Which written pairs, at position [B, H, n], fast weights can be asked for: [B, H, n] bool.
 
     A matrix for all of them, an MLP for those whose key it holds.
     """
-    if not fast.old:
-        return position >= 0
-    same = position[..., None] == fast.old.position[..., None, :]
-    return (position >= 0) & same.any(-1)
+    return follow(fast.old.position, position) >= 0 if fast.old else position >= 0
 
 
 def only(sample: Sample, rows: Tensor) -> Sample:
     """The `rows` [B, H, P] bool of a sample, emptiness elsewhere."""
-    empty = {"k": 0.0, "v": 0.0, "score": -torch.inf, "position": -1}
+    empty = {"k": 0.0, "v": 0.0, "score": -torch.inf, "position": -1, "open": False}
     fields = {}
     for name, t in sample._asdict().items():
         where = rows.view(*rows.shape, *[1] * (t.dim() - 3))

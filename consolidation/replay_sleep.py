@@ -44,6 +44,7 @@ from wakesleep.consolidation.replay import (
     emptied,
     keep_keys,
     mark,
+    opened,
     release,
     seen_by,
     take,
@@ -174,6 +175,7 @@ class ReplayNight(Night):
         marked = (block.fast.asleep >= 0).sum(-1)
         cost = total(keys_cost(sizes), release_cost(sizes, int(marked.max())))
         if not bool(marked.any()) or not self.affords(cost):
+            self._put(layer, block._replace(fast=opened(block.fast, block.store)))
             return
         self.spend("sleep", cost)
         seen, _ = seen_by(self._space(layer), block.store, block.fast)
@@ -181,7 +183,7 @@ class ReplayNight(Night):
         free = (seen.position >= 0) & (left.position < 0)
         self.released += int(free.sum())
         store = emptied(block.store, free)
-        self._put(layer, block._replace(store=store, fast=fast))
+        self._put(layer, block._replace(store=store, fast=opened(fast, store)))
 
     def _space(self, layer: int) -> KeySpace:
         return self.model.blocks[layer].attention.fast.space

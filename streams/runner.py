@@ -19,7 +19,7 @@ from wakesleep.streams.language_model import LanguageModel
 from wakesleep.streams.meters import Meters, Span
 from wakesleep.streams.segments import Segment
 from wakesleep.streams.stream_config import StreamConfig
-from wakesleep.ttl.fast import held_keys
+from wakesleep.ttl.fast import open_keys
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.state import StreamState, map_state, nbytes
 
@@ -137,7 +137,7 @@ class StreamRunner:
     def _earn(self, positions: list[int], lengths: list[int], seconds: float) -> None:
         """Book what it cost to read so many tokens from there on, lane by lane."""
         model = self.language_model.model
-        held = [held_keys(self.state.blocks[i].fast) for i in model.config.fast_layers]
+        held = [open_keys(self.state.blocks[i].fast) for i in model.config.fast_layers]
         sizes = {"window": model.window_of(self.state), "capacity": capacity_of(self.state)}
         sizes["held"] = held
         flops = sum(

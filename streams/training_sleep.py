@@ -22,7 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wakesleep.consolidation.replay import change, choose, emptied, keep_keys, seen_by, unseen
+from wakesleep.consolidation.replay import (
+    change,
+    choose,
+    emptied,
+    keep_keys,
+    opened,
+    seen_by,
+    unseen,
+)
 from wakesleep.streams.distractors import own
 from wakesleep.ttl.key_space import KeySpace
 from wakesleep.ttl.model import TTLModel
@@ -93,4 +101,6 @@ def _slept(
         fast = keep_keys(fast, store, pairs, pairs.chosen)
         free = torch.zeros_like(store.position, dtype=torch.bool)
         free = free.scatter(-1, pairs.place, pairs.chosen)
-    return block._replace(store=emptied(store, free), fast=fast)
+        left = emptied(store, free)
+        fast = opened(fast, left)
+    return block._replace(store=left, fast=fast)

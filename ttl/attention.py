@@ -68,13 +68,6 @@ class AttentionInput(NamedTuple):
     keep_power: float | None = None  # of what fast weights keep, in a pass of sleep; None = awake
 
 
-class TurnedKeys(NamedTuple):
-    """What an MLP of fast weights holds, for the softmax."""
-
-    fast: Told
-    k: Tensor  # [B, H, N, R + K]
-
-
 class WindowAttention(nn.Module):
     """Sliding-window attention with an optional exact store behind the window."""
 
@@ -207,8 +200,11 @@ class WindowAttention(nn.Module):
         k = nn.functional.rms_norm(k, (self.head_dim,), eps=1e-6) * self.k_gain
         return torch.stack([k, v.to(k.dtype)], 2)
 
-    def _front(self, told: TurnedKeys | None) -> int:
-        """Keys in front of the window's: sink, persistent pairs, those of an MLP, page."""
+    def _front(self, told: Told | None) -> int:
+        """Keys in front of the window's: sink, persistent pairs, those of an MLP, page.
+
+        told: pairs of an MLP, keys [B, H, N, R + K] widened.
+        """
         rows = told.k.shape[2] if told is not None else 0
         return 1 + self.num_persistent + rows + self.page
 
@@ -256,7 +252,7 @@ class WindowAttention(nn.Module):
             last = rank_table[:, -1]
         behind = window + self.chunk + last  # [B or 1]
         turn = rotary_table(int(behind.max()) + 1, self.rotary_dims, ROTARY_BASE, self.q_gain)
-        return TurnedKeys(told, widen_stored_key(told.k, turn[behind, None, None]))
+        return told._replace(k=widen_stored_key(told.k, turn[behind, None, None]))
 
     def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight, page, told):
         """The chunk loop: read with the store frozen, then let the oldest chunk leave the window.
@@ -335,7 +331,7 @@ class WindowAttention(nn.Module):
             seen = seen + paged[:, 0].isfinite().sum(-1)
         seen, values = seen[:, None], [torch.cat(values, 2)]
         if told is not None:
-            seen = seen + told.fast.held.sum(-1)[..., None]
+            seen = seen + told.open.sum(-1)[..., None]
         stored = reader is not None and reader.used > 0
         if stored:
             values += reader.values
@@ -354,15 +350,11 @@ class WindowAttention(nn.Module):
             return softmax_read(logits, *of)
         first = 1 + self.num_persistent
         here = slice(first, first + told.k.shape[2])
-        logits[..., here].masked_fill_(~told.fast.held[:, :, None], -torch.inf)
-        y, p = softmax_read(logits, *of)
-        return y + self.fast.recall(told.fast, p[..., here]).to(y.dtype), p
+        logits[..., here].masked_fill_(~told.open[:, :, None], -torch.inf)
+        return softmax_read(logits, *of)
 
     def _front_pairs(self, k: Tensor, v: Tensor, page: PageView | None, told):
-        """Keys [B, H, ., R + K] and values [B, H, ., K] of all that is in front of the window's.
-
-        What an MLP holds has no value here.
-        """
+        """Keys [B, H, ., R + K] and values [B, H, ., K] of all that is in front of the window's."""
         B, H, _, K = v.shape
         keys, values = [k.new_zeros(B, H, 1, k.shape[-1])], [v.new_zeros(B, H, 1, K)]
         if self.persistent is not None:
@@ -371,7 +363,7 @@ class WindowAttention(nn.Module):
             values.append(always_v)
         if told is not None:
             keys.append(told.k.to(k.dtype))
-            values.append(v.new_zeros(1, 1, 1, 1).expand(B, H, told.k.shape[2], K))
+            values.append(told.v.to(v.dtype))
         if page is not None:
             page_k, page_v = page.kv.permute(2, 0, 3, 1, 4)  # [B, H, P, K]
             keys.append(widen_placeless_key(page_k, self.rotary_dims))

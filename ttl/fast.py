@@ -8,9 +8,10 @@ share (`key_space.py`).
                     to a query is added to what the window says; a gate per head and token says
                     how much of it is read: where nothing is asked, it can be shut.
     kind="mlp"      two layers: written by gradient steps, holds several times as many (capacity).
-                    Keys stay outside, values go in. The softmax over window and store sees the
-                    keys as well, and says which one is meant, or that another pair is; the MLP
-                    gives the value. An answer alone cannot tell that its pair is not the one.
+                    Keys stay outside, values go in. Once the store has let go of a pair, the
+                    softmax over window and store sees its key in another group, with the value
+                    that the MLP gives for it. An answer to a query alone could not tell that
+                    another pair is meant.
 
     write="asleep"   sleep alone writes; awake, all tokens read the same fast weights
     write="always"   every token writes by the gated delta rule, too, and reads behind its write:
@@ -43,7 +44,6 @@ OLD_KEYS = 16  # whose values an MLP can hold, in widths of a head
 GATE_INIT = 1.0  # of a matrix's reads at the start: a written value comes back as it was
 KEEP_INIT, STEP_INIT = 0.995, 0.5  # of writes awake
 GATE_STD = 0.02  # of the weights of all gates
-TINY = 1e-20  # share of a softmax below which nothing is found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,11 @@ class FastConfig:
 
 
 class Told(NamedTuple):
-    """What an MLP can be asked for, as the softmax sees it."""
+    """Pairs of an MLP, for the softmax."""
 
-    s: Tensor  # [B, H, K, 2 M]
     k: Tensor  # [B, H, N, K] keys, as those of stored pairs
-    held: Tensor  # [B, H, N] bool: rows that hold one
+    v: Tensor  # [B, H, N, K] what is given for them, float32 at least; zeros in other rows
+    open: Tensor  # [B, H, N] bool: rows that the softmax sees
 
 
 class FastWeights(nn.Module):
@@ -119,7 +119,7 @@ class FastWeights(nn.Module):
     ) -> tuple[Tensor | None, FastState]:
         """What the call's tokens read of a matrix, [B, T, H, K], and the next state.
 
-        Of an MLP nothing: it is asked by the softmax, see `recall`.
+        Of an MLP nothing: the softmax sees its pairs, see `told`.
 
         Args:
             x: [B, T, D] the block's input; q: [B, T, H, K] its queries.
@@ -158,33 +158,28 @@ class FastWeights(nn.Module):
         return y, state._replace(s=s, gates=carry(grid, gates))
 
     def told(self, state: FastState) -> Told | None:
-        """What an MLP can be asked for; None as long as nothing is."""
-        rows = held_keys(state)
+        """What an MLP gives for the keys that the softmax sees; None if there are none."""
+        rows = open_keys(state)
         if not rows:
             return None
-        k, _, position = (t[:, :, :rows] for t in state.old)
-        return Told(state.s, k, position >= 0)
-
-    def recall(self, told: Told, p: Tensor) -> Tensor:
-        """What queries read of an MLP, [B, H, C, K] in float32.
-
-        One answer per query: to the mean of the keys that it finds, and as loud as it finds them.
-
-        Args:
-            p: [B, H, C, N] their probabilities of the keys.
-        """
-        with torch.autocast(p.device.type, enabled=False):
-            p = p.to(told.s.dtype)
-            found = p.sum(-1, keepdim=True)
-            mean = p @ told.k.to(p.dtype) / found.clamp(min=TINY)
-            return found * answer(told.s, self.space.keys(mean))
+        k, shown = state.old.k[:, :, :rows], state.old.open[:, :, :rows]
+        with torch.autocast(k.device.type, enabled=False):
+            keys = self.space.keys(torch.where(shown[..., None], k, 0.0))
+            return Told(k, answer(state.s.to(keys.dtype), keys), shown)
 
 
 def held_keys(state: FastState) -> int:
     """Rows in front of an MLP's keys that hold one in any head; 0 of a matrix."""
-    if state.old is None:
-        return 0
-    rows = (state.old.position >= 0).flatten(0, -2).any(0).nonzero()
+    return _rows(state.old.position >= 0) if state.old else 0
+
+
+def open_keys(state: FastState) -> int:
+    """The same of those that the softmax sees."""
+    return _rows(state.old.open) if state.old else 0
+
+
+def _rows(held: Tensor) -> int:
+    rows = held.flatten(0, -2).any(0).nonzero()
     return int(rows[-1]) + 1 if len(rows) else 0
 
 
@@ -237,7 +232,8 @@ def no_fast_weights(
         covariance = covariance[:, :, :0].clone()
         keys = like.new_zeros(*heads, OLD_KEYS * head_dim, head_dim)
         empty = torch.full(keys.shape[:-1], -1, device=like.device)
-        old = KeyState(keys, torch.full_like(empty, -math.inf, dtype=torch.float32), empty)
+        score = torch.full_like(empty, -math.inf, dtype=torch.float32)
+        old = KeyState(keys, score, empty, empty >= 0)
         s = first_weights(num_heads, head_dim, hidden).to(**wide).expand(batch, -1, -1, -1).clone()
     k = like.new_zeros(*heads, PROBES, head_dim)
     probes = ProbeState(k, k.clone(), places.new_full((*heads, PROBES), -1))

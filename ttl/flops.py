@@ -22,6 +22,8 @@ from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig
 from wakesleep.ttl.state import SPAN
 
+CALL = 2048  # tokens that are read at once in `flop_table`: some costs are those of a call
+
 
 class PartCost(NamedTuple):
     """One row of the table."""
@@ -62,8 +64,8 @@ def segment_flops(
             of the call's grid, open chunks included; of MAC those of the pages that the call
             completes), the same in every lane. None counts all tokens as written: exact without a
             gate, an upper bound with one.
-        held: rows of keys in each layer of fast weights that are an MLP, see `held_keys`; None =
-            nothing was written into any.
+        held: rows of keys in each layer of fast weights that are an MLP, see `open_keys`; None =
+            none in any.
         head: whether the call gives logits.
     """
     c = config
@@ -122,12 +124,12 @@ def wake_flops(config: ModelConfig, position: int, num_tokens: int, **sizes) -> 
 
 def flop_table(config: ModelConfig) -> str:
     """MFLOP per token by part, for people: whole pages (or chunks), store and fast weights full."""
-    full, period = _full(config)
+    full, tokens = _full(config)
     rows: dict[str, tuple[float, list[str]]] = {}
-    for cost in segment_flops(config, full, period, held=_all_keys(config)):
+    for cost in segment_flops(config, full, tokens, held=_all_keys(config)):
         total, layers = rows.get(cost.part, (0.0, []))
         layers = layers if cost.layer is None else [*layers, str(cost.layer)]
-        rows[cost.part] = total + (cost.matmul + cost.linalg) / period / 1e6, layers
+        rows[cost.part] = total + (cost.matmul + cost.linalg) / tokens / 1e6, layers
     whole = sum(total for total, _ in rows.values())
     stored = f" and a store of {config.store.capacity:,} pairs" if config.store_layers else ""
     lines = [f"MFLOP per token, with a window of {config.window:,}{stored}"]
@@ -139,8 +141,8 @@ def flop_table(config: ModelConfig) -> str:
 
 def token_flops(config: ModelConfig) -> float:
     """FLOPs of reading one token, as the last line of `flop_table` has them."""
-    full, period = _full(config)
-    return wake_flops(config, full, period, held=_all_keys(config)) / period
+    full, tokens = _full(config)
+    return wake_flops(config, full, tokens, held=_all_keys(config)) / tokens
 
 
 def _all_keys(config: ModelConfig) -> list[int]:
@@ -150,9 +152,11 @@ def _all_keys(config: ModelConfig) -> list[int]:
 
 
 def _full(config: ModelConfig) -> tuple[int, int]:
-    """Position behind which the store is full, and tokens of a page or chunk."""
+    """Position behind which the store is full, and tokens of a call: whole pages or chunks."""
     period = (config.combine == "mac" and config.memory.page) or config.chunk
-    return -(-(config.window + config.store.capacity) // period) * period, period
+    sizes = (config.window + config.store.capacity, CALL)
+    full, tokens = (-(-size // period) * period for size in sizes)
+    return full, tokens
 
 
 def state_bytes(
@@ -194,7 +198,7 @@ def state_bytes(
             numbers += 2 * c.chunk if c.fast.write == "always" else 0
             fast = max(4, size) * numbers + 8 * places + PROBES * (pair + 8)
             if hidden:
-                fast += OLD_KEYS * c.head_dim * (pair // 2 + 4 + 8)
+                fast += OLD_KEYS * c.head_dim * (pair // 2 + 4 + 8 + 1)
             parts.append(PartBytes("fast weights", layer, batch * H * fast))
     ids = SPAN + W + c.chunk
     parts.append(PartBytes("ids and counters", None, batch * 8 * (ids + 3)))
@@ -241,15 +245,15 @@ def _memory(
 def _fast(config: ModelConfig, position: int, num_tokens: int, rows: int) -> tuple[int, int]:
     """Multiply-adds and cubes of solves of one lane's fast weights.
 
-    An MLP's keys are read like those of the store, by whole chunks. Written awake, they cost what a
-    memory by the delta rule costs, three gates included, but for the queries, keys and values,
-    which are the window's.
+    An MLP is asked once in a call for all of its keys, which are then read like those of the store.
+    Written awake, they cost what a memory by the delta rule costs, three gates included, but for
+    the queries, keys and values, which are the window's.
     """
     c, H, K = config, config.num_heads, config.head_dim
     if c.fast.kind == "mlp":
-        queries = len(_chunks(position, num_tokens, c.chunk)) * c.chunk if rows else 0
-        found = rows * (3 * K + K // 4 // 2 * 2 + (c.store.score == "mass"))
-        return queries * H * (found + K * K + 2 * K * hidden_width(c.fast, K)), 0
+        queries = len(_chunks(position, num_tokens, c.chunk)) * c.chunk
+        read = queries * (2 * K + K // 4 // 2 * 2 + (c.store.score == "mass"))
+        return rows * H * (read + K * K + 2 * K * hidden_width(c.fast, K)), 0
     if c.fast.write == "asleep":
         return num_tokens * H * (2 * K * K + c.dim), 0  # queries are mapped first
     like = replace(c, combine="mag", memory=MemoryConfig(kind="delta"))

@@ -71,6 +71,7 @@ class KeyState(NamedTuple):
     k: Tensor  # [B, H, N, K]
     score: Tensor  # [B, H, N] float32, that of the store's place; -inf where empty
     position: Tensor  # [B, H, N] int64; -1 where empty
+    open: Tensor  # [B, H, N] bool: the store has it no more, so the softmax sees it
 
 
 class FastState(NamedTuple):

@@ -183,7 +183,8 @@ def test_a_probe_or_old_key_that_gets_another_value_is_dropped():
     k = torch.cat([fast.probes.k[:, :, :1], new.k[:, :, 1:]], 2)
     replaces = torch.arange(NEW) == 0
     pairs = new._replace(k=k, replaces=replaces.expand(B, H, -1))
-    old = KeyState(fast.probes.k, fast.probes.position.float(), fast.probes.position)
+    position = fast.probes.position
+    old = KeyState(fast.probes.k, position.float(), position, position >= 0)
     both = without_superseded(fast._replace(old=old), pairs)
     left = both.probes
     assert torch.equal(both.old.k, left.k) and torch.equal(both.old.position, left.position)

@@ -202,9 +202,20 @@ def test_noise_is_answered_less_loudly_than_what_was_written():
     assert answer(fast.s, cues).norm(dim=-1).mean() < 0.95 * new.v.norm(dim=-1).mean()
 
 
-def test_what_sleep_wrote_into_an_mlp_is_read_afterwards(read):
+def test_what_sleep_wrote_into_an_mlp_is_read_once_the_store_has_let_go_of_it(read):
     model, state = read
     tokens = torch.randint(61, (2, 30), generator=torch.Generator().manual_seed(3))
-    slept = night(model, state)[0]
+    slept, ledger, _ = night(model, state)
+    again = night(model, slept, ledger, seed=1)[0]
+    fast, store = again.blocks[1].fast, again.blocks[1].store
+    outside = ~(fast.old.position[..., None] == store.position[..., None, :]).any(-1)
+    assert torch.equal(fast.old.open, outside & (fast.old.position >= 0)) and fast.old.open.any()
+    forgotten = again.blocks[1]._replace(fast=fast._replace(s=torch.zeros_like(fast.s)))
     with torch.no_grad():
-        assert not torch.allclose(model(tokens, state)[0], model(tokens, slept)[0])
+        awake, half, whole, mute = (
+            model(tokens, s)[0]
+            for s in (state, slept, again, again._replace(blocks=(again.blocks[0], forgotten)))
+        )
+    assert torch.equal(awake, half)
+    assert not torch.allclose(awake, whole)
+    assert (whole - awake).norm() < 0.7 * (mute - awake).norm()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from wakesleep.consolidation.replay import change, choose, keep_keys, mark, release, take
+from wakesleep.consolidation.replay import change, choose, keep_keys, mark, opened, release, take
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.ttl.fast import held_keys, no_fast_weights
 from wakesleep.ttl.key_space import unit_key
@@ -186,9 +186,10 @@ def test_an_old_key_of_an_mlp_says_that_it_had_another_value():
     fast = no_fast_weights(store.k, B, H, K, S, hidden=2 * K)
     first = choose(store, fast, 8, -math.inf)
     assert not first.replaces.any()
-    k, score, position = (t.clone() for t in fast.old)
+    k, position = fast.old.k.clone(), fast.old.position.clone()
     k[:, :, 3], position[:, :, 3] = first.k[:, :, 5], 1
-    again = choose(store, fast._replace(old=KeyState(k, score, position)), 8, -math.inf)
+    fast = fast._replace(old=fast.old._replace(k=k, position=position))
+    again = choose(store, fast, 8, -math.inf)
     assert torch.equal(again.place, first.place)
     assert torch.equal(again.replaces, (torch.arange(8) == 5).expand(B, H, -1))
 
@@ -234,7 +235,9 @@ def test_what_an_mlp_cannot_be_asked_for_stays_in_the_store():
     for known, most in ((pairs.chosen, 8), (some, 5), (some & False, 0)):
         asked = keep_keys(marked, store, pairs, known)
         left, _ = release(store, asked, TOLERANCE, torch.Generator().manual_seed(0))
+        assert not opened(asked, store).old.open.any()
         gone = ((store.position >= 0) & (left.position < 0)).sum(-1)
+        assert torch.equal(opened(asked, left).old.open.sum(-1), gone)
         assert (gone <= most).all() and gone.sum() >= 0.7 * most * B * H
 
 

@@ -79,7 +79,7 @@ def test_an_mlp_can_be_asked_for_all_that_left_the_store():
     gone = torch.where((store.position >= 0) & (left.position < 0), store.position, -1)
     same = gone[..., None] == fast.old.position[..., None, :5]
     assert torch.equal(same.any(-1), gone >= 0)
-    assert (fast.old.position >= 0).sum() == LANES * 2 * 5
+    assert (fast.old.position >= 0).sum() == fast.old.open.sum() == LANES * 2 * 5
     rows = same.to(torch.uint8).argmax(-2)  # the keys are those of the store, not of the space
     assert torch.equal(
         fast.old.k[:, :, :5], store.k.gather(2, rows[..., None].expand(-1, -1, -1, K))

@@ -56,9 +56,12 @@ def taught(model) -> StreamState:
     fast = state.blocks[0].fast
     rows = torch.arange(fast.old.k.shape[2])
     position = torch.where(rows < torch.tensor([[[5], [3]]]), rows, -1)
-    k = torch.randn(fast.old.k.shape, generator=draw).double() * (position >= 0)[..., None]
+    position[0, 0, 1] = -1  # a row may have gone
+    held = position >= 0
+    k = torch.randn(fast.old.k.shape, generator=draw).double() * held[..., None]
+    held[0, 0, 2] = False  # a pair that is still in the store
     s = torch.randn(fast.s.shape, generator=draw).double()
-    fast = fast._replace(s=s, old=fast.old._replace(k=k, position=position))
+    fast = fast._replace(s=s, old=fast.old._replace(k=k, position=position, open=held))
     return state._replace(blocks=(state.blocks[0]._replace(fast=fast),))
 
 
@@ -101,7 +104,7 @@ def twin(attention, x, context=None, blind=(), fast=None):
         window = range(t if t in blind else max(0, chunk * C - W), t + 1)
         for h in range(H):
             page = range(t // attention.page * attention.page, t + 1) if attention.page else ()
-            told = fast.old.k[0, h][fast.old.position[0, h] >= 0] if fast else ()
+            told = fast.old.k[0, h][fast.old.open[0, h]] if fast else ()
             seen = 1 + len(told) + len(page) + len(window) + len(store[h])
             scale = (1 + attention.size_gain[h] * math.log(seen)) / math.sqrt(K)
             logits, values = [attention.sink[h]], [v.new_zeros(K)]
@@ -121,14 +124,11 @@ def twin(attention, x, context=None, blind=(), fast=None):
                 values.append(v[p, h])
             for key in told:
                 logits.append(far(q[t, h], key, turns[W + C + S - 1], scale))
-                values.append(v.new_zeros(K))
+                unit = attention.fast.space.keys(key.expand(1, H, 1, K))[0, h, 0]
+                a, b = fast.s[0, h].chunk(2, -1)
+                values.append(torch.nn.functional.silu(unit @ a) @ b.T)
             p = torch.softmax(torch.stack(logits), 0)
             out.append(p @ torch.stack(values))
-            if fast:
-                p = p[len(p) - len(told) :]
-                key = attention.fast.space.keys((p @ told / p.sum())[None, None, None])[0, h]
-                a, b = fast.s[0, h].chunk(2, -1)
-                out[-1] = out[-1] + p.sum() * (torch.nn.functional.silu(key[0] @ a) @ b.T)
     return torch.stack(out).view(len(x), H * K)
 
 

@@ -116,7 +116,8 @@ def begin(model: TTLModel):
             k = torch.randn(old.k.shape, generator=generator).to(s.dtype)
             held = torch.arange(old.k.shape[2]) < 5
             position = torch.where(held, torch.arange(len(held)), -1).expand(old.position.shape)
-            old = old._replace(k=torch.where(held[:, None], k, 0.0), position=position.clone())
+            k, held = torch.where(held[:, None], k, 0.0), position >= 0
+            old = old._replace(k=k, position=position.clone(), open=held)
         return block._replace(fast=block.fast._replace(s=s, old=old))
 
     return state._replace(blocks=tuple(map(wrote, state.blocks)))

@@ -47,7 +47,7 @@ def test_fast_weights_say_nothing_until_they_are_written_and_behind_a_closed_gat
     if kind == "mlp":  # its keys are in the softmax, with what it gives for them
         assert torch.equal(model(tokens, written)[0], wanted)
         for f in fast:
-            f.old.position[0, 1, 2], f.old.k[0, 1, 2] = 7, torch.randn(16)
+            f.old.open[0, 1, 2], f.old.k[0, 1, 2] = True, torch.randn(16)
         told = model(tokens, with_fast(state, fast))[0]
         assert not torch.allclose(told[0], wanted[0])
         torch.testing.assert_close(told[1], wanted[1])  # of another lane

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep.ttl import memory_scan
 from wakesleep.ttl.fast import OLD_KEYS, FastConfig
-from wakesleep.ttl.flops import flop_table, pass_flops, segment_flops, state_bytes, wake_flops
+from wakesleep.ttl.flops import CALL, flop_table, pass_flops, segment_flops, state_bytes, wake_flops
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import nbytes
@@ -70,7 +70,7 @@ def counted(model, position, num_tokens, batch=1, *, head=True, **sizes) -> Flop
     if held(model.config):  # as if sleep had written something
         for block in state.blocks:
             if block.fast.old:
-                block.fast.old.position[:, :, :HELD] = 1
+                block.fast.old.open[:, :, :HELD] = True
     with FlopCounterMode(display=False) as counter:
         model(draw(batch, num_tokens), state, head=head)
     return counter
@@ -220,7 +220,8 @@ def test_bytes_equal_those_of_the_state(config):
 def test_table_is_what_a_token_costs_once_the_store_is_full(config):
     lines = flop_table(config).splitlines()
     rows = {line[:14].strip(): line[14:].split() for line in lines[1:]}
-    full, tokens = 24 * 100, 24 * 10
+    period = (config.combine == "mac" and config.memory.page) or config.chunk
+    full, tokens = 24 * 100, -(-CALL // period) * period
     sizes = {"held": [OLD_KEYS * config.head_dim for _ in held(config)]}
     costs = segment_flops(config, full, tokens, **sizes)
     for part, (number, share, *_) in rows.items():
