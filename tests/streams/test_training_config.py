@@ -14,7 +14,7 @@ from wakesleep.streams.training_draws import SPARE, draw_blind, draw_step
 
 FACTS = np.array([0, 4, 8])  # tokens of three lanes
 RECIPES = sorted(
-    entry.name for entry in files("wakesleep.configs").iterdir() if entry.name != "tune.yaml"
+    entry.name for entry in files("wakesleep.configs").iterdir() if "tune" not in entry.name
 )
 RECIPES = [name for name in RECIPES if name.endswith(".yaml")]
 

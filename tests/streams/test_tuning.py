@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
 
 from wakesleep.streams import tune_trial
 from wakesleep.streams.cli import main
+from wakesleep.streams.config import load_config
 from wakesleep.streams.console import Console
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.families import HELD_OUT_KINDS
@@ -215,6 +217,15 @@ def test_what_cannot_be_measured_is_refused_before_a_folder_is_made(tmp_path, co
 def test_configs_that_cannot_be_are_refused(options, why):
     with pytest.raises(ValueError, match=why):
         TuneConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["tune.yaml", "tune_sleep.yaml"])
+def test_the_studies_that_come_with_it_name_settings_that_exist(name):
+    study, _ = load_config(TuneConfig, files("wakesleep.configs") / name, [])
+    settings = study.settings()
+    assert len(settings) == study.grid == study.trials
+    configs = [study.stream_config(values, seed=0) for values in settings]
+    assert len(set(map(repr, configs))) == study.grid
 
 
 def test_the_command_ends_with_settings_that_stream_takes(tmp_path, config, capsys, monkeypatch):
