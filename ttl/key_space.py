@@ -5,7 +5,8 @@ written in closed form or by gradient steps does. Keys of a trained model are ne
 (cosine of two keys .85 at width 64), and such keys leave a memory little to tell them by. So their
 mean is taken out and their covariance made even (ZCA: Bell and Sejnowski, Vision Research 1997).
 And a query is no key: what a query says of the key that attention finds for it is the affine map
-of least squares, from queries that asked beyond the window.
+of least squares, from queries that asked beyond the window. A matrix is asked with that; an MLP
+with keys that it holds.
 
 Both maps come from moments of what a model was trained on; training follows them, as batch
 normalisation does, and at any other time they are constants. At first nothing is changed.
