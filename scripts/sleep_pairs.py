@@ -30,11 +30,12 @@ from torch import Tensor
 
 from wakesleep.consolidation.budget import Cost, Ledger
 from wakesleep.consolidation.replay import Pairs as Written
-from wakesleep.consolidation.replay import keep_keys, readable
+from wakesleep.consolidation.replay import keep_keys, opened, readable
 from wakesleep.consolidation.sleep import pressure, sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.kernels.rehearsed_write import rehearsed_write
+from wakesleep.ttl.fast import open_keys
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.model_io import load_model
@@ -76,10 +77,10 @@ def read(
     state, ledger = model.init_state(lanes, capacity=places), Ledger(granted=10**18)
     generator, position = torch.Generator().manual_seed(0), 0
     for part in pairs.tokens.split(SEGMENT, 1):
+        held = [open_keys(state.blocks[i].fast) for i in model.config.fast_layers]
         _, state, _ = model(part, state, head=False)
-        flops = wake_flops(
-            model.config, position, SEGMENT, capacity=places, batch=lanes, head=False
-        )
+        sizes = {"capacity": places, "batch": lanes, "held": held}
+        flops = wake_flops(model.config, position, SEGMENT, **sizes, head=False)
         ledger = ledger._replace(wake=ledger.wake.plus(Cost(flops)))
         position += SEGMENT
         if config is not None and pressure(model, state, config.worth) >= config.high:
@@ -116,6 +117,7 @@ def at_once(model: TTLModel, pairs: Pairs, state: StreamState) -> StreamState:
             s = rehearsed_write(fast.s, k, v, known.float(), k[:, :, :0], ADAM_STEPS)
             place = torch.arange(k.shape[2]).expand(known.shape)
             fast = keep_keys(fast, store, Written(place, known, k, v, ~known), known)
+            fast = opened(fast, blocks[layer].store)
         blocks[layer] = blocks[layer]._replace(fast=fast._replace(s=s.to(fast.s.dtype)))
     return state._replace(blocks=tuple(blocks))
 

@@ -138,8 +138,8 @@ class StreamRunner:
         """Book what it cost to read so many tokens from there on, lane by lane."""
         model = self.language_model.model
         held = [open_keys(self.state.blocks[i].fast) for i in model.config.fast_layers]
-        sizes = {"window": model.window_of(self.state), "capacity": capacity_of(self.state)}
-        sizes["held"] = held
+        window, capacity = model.window_of(self.state), capacity_of(self.state)
+        sizes = {"window": window, "capacity": capacity, "held": held}
         flops = sum(
             wake_flops(model.config, position, length, **sizes)
             for position, length in zip(positions, lengths, strict=True)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wakesleep.consolidation.gate import without_superseded
 from wakesleep.consolidation.replay import (
     change,
     choose,
@@ -97,6 +98,7 @@ def _slept(
         offered = torch.where(drawn < torch.where(others, some, OFFERED), store.position, -1)
         seen, fast = seen_by(space, store._replace(position=offered), block.fast)
         pairs = choose(seen, fast, num_pairs, worth=-math.inf)
+        fast = without_superseded(fast, pairs)
         fast = unseen(change(fast, pairs, lam, generator), block.fast)
         fast = keep_keys(fast, store, pairs, pairs.chosen)
         free = torch.zeros_like(store.position, dtype=torch.bool)

@@ -62,3 +62,6 @@ def test_a_table_has_all_rows_and_all_at_once_are_in_the_fast_weights(
     told = k @ state.blocks[1].fast.s
     near = torch.cosine_similarity(told, v, dim=-1)[0, 0]
     assert int(value.sum()) == 8 and near[value].min() > 0.9
+    mlp = module.with_kind(tmp_path / "model", "mlp")
+    old = module.at_once(mlp, pairs, mlp.init_state(1, capacity=8)).blocks[1].fast.old
+    assert (old.open.sum(-1) == 8).all()  # the softmax sees all of them

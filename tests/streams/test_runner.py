@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from wakesleep.streams.runner import StreamRunner
 from wakesleep.streams.segments import Insert, Segment, SegmentReader
 from wakesleep.streams.session import Session
 from wakesleep.streams.token_reader import open_tokens
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.state import flatten
 
@@ -116,6 +118,15 @@ def test_tokens_are_scored_across_segments(exact, cuts):
         wake_flops(exact.model.config, start, stop - start)
         for start, stop in zip([0, *cuts], [*cuts, 200], strict=True)
     )
+
+
+def test_keys_of_fast_weights_that_are_read_are_paid_for(exact):
+    config = replace(exact.model.config, fast_layers=(1,), fast=FastConfig(kind="mlp"))
+    runner = StreamRunner(exact._replace(model=type(exact.model)(config)))
+    runner.state.blocks[1].fast.old.open[:, :, 3] = True
+    runner.read(segments_of(torch.arange(8, 28), [])[0])
+    assert runner.meters.wake_flops == wake_flops(config, 0, 20, held=[4])
+    assert wake_flops(config, 0, 20, held=[4]) > wake_flops(config, 0, 20)
 
 
 def test_what_is_not_text_counts_neither_bits_nor_bytes(exact):

@@ -87,6 +87,26 @@ def test_an_mlp_can_be_asked_for_all_that_left_the_store():
     assert store.k.requires_grad and not fast.old.k.requires_grad
 
 
+def test_a_key_that_gets_another_value_is_no_longer_seen_with_the_old_one():
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG.model, fast=FastConfig(kind="mlp"))
+    model = StreamModule(dataclasses.replace(CONFIG, model=config)).model
+    with torch.no_grad():
+        state = model(torch.randint(64, (LANES, 48)), model.init_state(LANES))[1]
+    every = torch.ones(LANES, dtype=torch.bool)
+    after = sleep_drop(model, state, every, 5, seed=3)
+    store = state.blocks[1].store  # said once more, later, with other values
+    later = torch.where(store.position >= 0, store.position + 1000, -1)
+    news = after.blocks[1]._replace(store=store._replace(v=-store.v, position=later))
+    again = sleep_drop(model, after._replace(blocks=(after.blocks[0], news)), every, 24, seed=4)
+    old = again.blocks[1].fast.old
+    first, second = old.open & (old.position < 1000), old.open & (old.position >= 1000)
+    assert first.any() and second.any()
+    same = unit_key(old.k) @ unit_key(old.k).mT > 0.999
+    assert not (same & first[..., None] & second[..., None, :]).any()
+    assert first.sum() < LANES * 2 * 5
+
+
 def test_a_training_in_bfloat16_writes_as_sleep_does(module):
     model = module.model
     with torch.no_grad():
