@@ -15,10 +15,25 @@ from typing import NamedTuple
 from wakesleep.consolidation.budget import Cost
 from wakesleep.consolidation.gate import NOISE_CUES
 from wakesleep.consolidation.gate import STEPS as STEPS_TRIED
-from wakesleep.consolidation.replay import NOISE_KEYS
 from wakesleep.kernels.rehearsed_write import STEPS
 from wakesleep.ttl.fast import OLD_KEYS, PROBES, held_keys, is_linear
 from wakesleep.ttl.state import BlockState
+
+# Units of an MLP, the best first: at equal cost many pairs at once are remembered better than a few
+# at a time, and every step goes over the old keys as well.
+MLP_UNITS = ((8, 4 * STEPS), (8, 2 * STEPS), (4, STEPS), (2, STEPS))  # pairs in head widths, steps
+ENOUGH = 1.5  # steps per pair: more gain nothing
+
+
+class Unit(NamedTuple):
+    """How much one unit writes at most."""
+
+    pairs: int  # per head
+    steps: int = 0  # of Adam; 0: in closed form
+
+    def steps_for(self, num_pairs: int) -> int:
+        """Steps of a unit that found so many pairs."""
+        return min(self.steps, max(STEPS, int(ENOUGH * num_pairs)))
 
 
 class Sizes(NamedTuple):
@@ -42,9 +57,11 @@ class Sizes(NamedTuple):
         return OLD_KEYS * self.head_dim if self.hidden else 0
 
     @property
-    def unit_pairs(self) -> int:
-        """Pairs that one unit writes: half of what a matrix can tell apart, or what pays an MLP."""
-        return 2 * self.head_dim if self.hidden else self.head_dim // 2
+    def units(self) -> tuple[Unit, ...]:
+        """From the dearest to the cheapest; of a matrix half of what it can tell apart."""
+        if not self.hidden:
+            return (Unit(self.head_dim // 2),)
+        return tuple(Unit(widths * self.head_dim, steps) for widths, steps in MLP_UNITS)
 
 
 def sizes_of(block: BlockState) -> Sizes:
@@ -72,15 +89,14 @@ def choose_cost(sizes: Sizes, num_pairs: int) -> Cost:
     return Cost(2 * X * adds, _store(sizes) + _weights(sizes) + known)
 
 
-def write_cost(sizes: Sizes, num_pairs: int) -> Cost:
+def write_cost(sizes: Sizes, num_pairs: int, steps: int = 0) -> Cost:
     """Of a write of num_pairs: the protected one of a matrix in float64, the steps of an MLP."""
     X, S, K, _, M, held = sizes
     n = min(num_pairs, S)
     if M:
-        R = held + NOISE_KEYS * K
-        adds = R * sizes.adds + STEPS * 5 * (n + R) * K * M
-        rows = X * (n + R) * 2 * K * 4
-        return Cost(2 * X * adds, STEPS * (4 * _weights(sizes) + rows))
+        adds = held * sizes.adds + steps * 5 * (n + held) * K * M
+        rows = X * (n + held) * 2 * K * 4
+        return Cost(2 * X * adds, steps * (4 * _weights(sizes) + rows))
     linalg = -(-(K**3) // 3) + 2 * K**3
     return Cost(X * (2 * 4 * n * K * K + linalg), 2 * (2 * _weights(sizes) + X * 2 * n * K * 4))
 
@@ -103,7 +119,8 @@ def gate_cost(sizes: Sizes, num_pairs: int) -> Cost:
     X, S, K, *_ = sizes
     n = min(num_pairs, S)
     asked = 1 + (len(STEPS_TRIED) if sizes.hidden else 2)  # times each row; a matrix is linear
-    rows = asked * (PROBES // 2 + NOISE_CUES) + (asked + 1) * n
+    noise = 0 if sizes.hidden else NOISE_CUES
+    rows = asked * (PROBES // 2 + noise) + (asked + 1) * n
     adds = rows * sizes.adds + (PROBES + sizes.old_keys) * n * K
     return Cost(2 * X * adds, 2 * (_weights(sizes) + _probes(sizes) + _old(sizes)))
 

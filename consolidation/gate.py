@@ -56,8 +56,8 @@ def judge(
 
     Args:
         full: the same fast weights after the write, at full step.
-        cues: [N, K] keys of length 1 that mean nothing; they may not be answered much more
-            loudly than written keys, and not more loudly than before.
+        cues: [N, K] keys of length 1 that mean nothing; a matrix, which any query asks, may not
+            answer them much more loudly than written keys, nor more loudly than before.
         tolerance: cosine of an answer with the value, from which on a pair is known.
     """
     k, v, position = (t[:, :, : PROBES // 2] for t in fast.probes)
@@ -70,15 +70,12 @@ def judge(
     learned, _ = _mean(
         (_cosines(fast, full, pairs.k, pairs.v)[1] >= tolerance).float(), pairs.chosen
     )
-    loud = _answers(fast, full, cues.expand(*fast.s.shape[:2], -1, -1)).norm(dim=-1).mean(2)
-    quiet = answer(fast.s, cues.expand(*fast.s.shape[:2], -1, -1)).norm(dim=-1).mean(2)
-    value = pairs.v.norm(dim=-1).sum(2) / pairs.chosen.sum(2).clamp(min=1)
     rules = [
         full.s.isfinite().flatten(2).all(-1)[..., None].expand_as(learned),
         learned >= NEW_KNOWN,
         (kept >= OLD_KNOWN) | no_loss,
         fall + CONFIDENCE * error <= OLD_LOSS * (1 - tolerance),
-        loud <= torch.maximum(quiet, LOUDEST * value)[..., None],
+        _calm(fast, full, pairs, cues) if is_linear(fast.s) else torch.ones_like(no_loss),
     ]
     holds = torch.stack(rules, -1)  # [B, H, A, rules]
     passes = holds.all(-1) & pairs.chosen.any(-1)[..., None]
@@ -88,6 +85,15 @@ def judge(
     steps = torch.tensor(STEPS, device=best.device)
     step = torch.where(passes.any(-1), steps[best[..., 0]], 0.0)
     return Verdict(step, *(t.gather(-1, best)[..., 0] for t in (learned, kept, fall)), rule)
+
+
+def _calm(fast: FastState, full: FastState, pairs: Pairs, cues: Tensor) -> Tensor:
+    """Steps [B, H, A] bool of a matrix after which noise is answered no more loudly than may be."""
+    cues = cues.expand(*fast.s.shape[:2], -1, -1)
+    loud = _answers(fast, full, cues).norm(dim=-1).mean(2)
+    quiet = answer(fast.s, cues).norm(dim=-1).mean(2)
+    value = pairs.v.norm(dim=-1).sum(2) / pairs.chosen.sum(2).clamp(min=1)
+    return loud <= torch.maximum(quiet, LOUDEST * value)[..., None]
 
 
 def known_after(fast: FastState, pairs: Pairs, tolerance: float) -> Tensor:

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wakesleep.kernels.protected_write import protected_write
-from wakesleep.kernels.rehearsed_write import rehearsed_write
-from wakesleep.ttl.fast import answer, follow, held_keys
+from wakesleep.kernels.rehearsed_write import STEPS, rehearsed_write
+from wakesleep.ttl.fast import answer, follow, held_keys, is_linear
 from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.state import FastState, KeyState, ProbeState, StoreState
 
@@ -33,8 +33,7 @@ Sample = TypeVar("Sample", ProbeState, KeyState)
 
 SAME_KEY = 0.98  # cosine of two keys from which on they are one
 INSTEAD = 20.0  # weight of a pair against another value of its key that is there
-NOISE_KEYS = 2  # keys of no meaning that an MLP rehearses, in widths of a head
-CUE_NOISE = 0.2  # length of what disturbs a cue of length 1
+CUE_NOISE = 0.2  # length of what disturbs a cue of length 1 that a matrix is asked with
 
 
 class Pairs(NamedTuple):
@@ -147,30 +146,19 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> 
     return Pairs(place, chosen, k, v, chosen & again)
 
 
-def change(
-    fast: FastState, pairs: Pairs, lam: float, generator: torch.Generator | None = None
-) -> FastState:
+def change(fast: FastState, pairs: Pairs, lam: float, steps: int = STEPS) -> FastState:
     """The fast weights with the pairs in them, at full step; marks, probes and old keys stay.
 
-    An MLP rehearses its old keys, and others that mean nothing, or it would answer these ever more
-    loudly.
+    An MLP rehearses its old keys. What it answers to others does not matter: it is never asked.
 
     Args:
         lam: ridge of a matrix.
-        generator: of the keys that mean nothing; on the CPU, only an MLP needs it.
-
-    Raises:
-        ValueError: an MLP without a generator: its write would depend on who drew before.
+        steps: of Adam, of an MLP.
     """
     weight = 1.0 + (INSTEAD - 1) * pairs.replaces
     if fast.old:
-        if generator is None:
-            raise ValueError("the write of an MLP needs a generator")
-        B, H, _, K = fast.old.k.shape
-        noise = unit_key(torch.randn(NOISE_KEYS * K, K, generator=generator)).to(fast.s)
-        held = fast.old.k[:, :, : held_keys(fast)].to(fast.s.dtype)
-        old = torch.cat([held, noise.expand(B, H, -1, -1)], 2)
-        return fast._replace(s=rehearsed_write(fast.s, pairs.k, pairs.v, weight, old))
+        old = fast.old.k[:, :, : held_keys(fast)].to(fast.s.dtype)
+        return fast._replace(s=rehearsed_write(fast.s, pairs.k, pairs.v, weight, old, steps))
     given = (fast.s, fast.covariance, pairs.k, pairs.v)
     s, covariance = protected_write(*given, lam, weight)
     return fast._replace(s=s, covariance=covariance)
@@ -192,10 +180,11 @@ def mark(store: StoreState, fast: FastState, pairs: Pairs, tolerance: float) -> 
 def release(
     store: StoreState, fast: FastState, tolerance: float, generator: torch.Generator
 ) -> tuple[StoreState, FastState]:
-    """Free the places of marked pairs that a disturbed cue finds; the others lose their mark.
+    """Free the places of marked pairs that are still found; the others lose their mark.
 
-    A value is found if what the cue gives back points to it, and to no other stored value more. The
-    pairs that a released one supersedes are released with it.
+    A matrix, which queries ask, is asked with a disturbed key, an MLP with the key that it holds. A
+    value is found if what comes back points to it, and to no other stored value more. The pairs
+    that a released one supersedes are released with it.
 
     Args:
         generator: of the disturbances; on the CPU.
@@ -205,8 +194,11 @@ def release(
     place = (~marked).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
     k, v, usable = readable(store)
     keys, values, position = take(k, place), take(v, place), store.position.gather(-1, place)
-    noise = torch.randn(k.shape[-2:], generator=generator).to(k.device)  # lanes get the same
-    told = answer(fast.s, unit_key(keys + CUE_NOISE * unit_key(noise)[place]))
+    cues = keys
+    if is_linear(fast.s):
+        noise = torch.randn(k.shape[-2:], generator=generator).to(k.device)  # lanes get the same
+        cues = unit_key(keys + CUE_NOISE * unit_key(noise)[place])
+    told = answer(fast.s, cues)
     near = F.normalize(told, dim=-1) @ F.normalize(v, dim=-1).mT  # [B, H, M, S]
     best = torch.where(usable[..., None, :], near, -torch.inf).amax(-1)
     own = torch.cosine_similarity(told, values, dim=-1)

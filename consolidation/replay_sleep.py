@@ -17,6 +17,7 @@ from torch import Tensor
 from wakesleep.consolidation.budget import Cost
 from wakesleep.consolidation.costs import (
     Sizes,
+    Unit,
     audit_cost,
     choose_cost,
     gate_cost,
@@ -92,8 +93,9 @@ class ReplayNight(Night):
 
     @property
     def unit_flops(self) -> int:
-        """Of one unit, its gate included."""
-        return self._unit_cost(self.layers[0]).flops
+        """Of the cheapest unit, its gate included."""
+        sizes = self._sizes(self.layers[0])
+        return self._unit_cost(self.layers[0], sizes.units[-1]).flops
 
     @property
     def changed(self) -> bool:
@@ -109,9 +111,10 @@ class ReplayNight(Night):
             for layer in list(left):
                 if stop():
                     return INTERRUPTED
-                if not self.affords(self._unit_cost(layer)):
+                unit = self._best_unit(layer)
+                if unit is None:
                     return "the budget is spent"
-                if not self._unit(layer):
+                if not self._unit(layer, unit):
                     left.remove(layer)
             if not left:
                 return "nothing more to write"
@@ -128,23 +131,29 @@ class ReplayNight(Night):
         lanes = torch.ones_like(self.start.position, dtype=torch.bool)
         return lanes, known / num_pairs if num_pairs else None, ""
 
-    def _unit(self, layer: int) -> bool:
+    def _best_unit(self, layer: int) -> Unit | None:
+        """The dearest unit that can be paid."""
+        units = self._sizes(layer).units
+        return next((u for u in units if self.affords(self._unit_cost(layer, u))), None)
+
+    def _unit(self, layer: int, unit: Unit) -> bool:
         """Write one unit in one layer; False if there was nothing to write, or nothing passed."""
         block, sizes = self.state.blocks[layer], self._sizes(layer)
         tolerance = self.config.tolerance
-        self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, sizes.unit_pairs)))
+        self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, unit.pairs)))
         seen, fast = seen_by(self._space(layer), block.store, block.fast)
-        pairs = choose(seen, fast, sizes.unit_pairs, self.config.worth)
+        pairs = choose(seen, fast, unit.pairs, self.config.worth)
         num_pairs = pairs.chosen.shape[-1]
+        steps = unit.steps_for(num_pairs)
         if not num_pairs:
             return False
         heads = int(pairs.chosen.any(-1).sum()) if sizes.hidden else sizes.heads
-        write = write_cost(sizes._replace(heads=heads), num_pairs)
+        write = write_cost(sizes._replace(heads=heads), num_pairs, steps)
         self.spend("sleep", total(write, mark_cost(sizes)))
         self.spend("gate", gate_cost(sizes, num_pairs))
         lam = self.model.config.fast.lam
         fast = without_superseded(fast, pairs)
-        full = change(fast, pairs, lam, self.generator)
+        full = change(fast, pairs, lam, steps)
         noise = torch.randn(NOISE_CUES, sizes.head_dim, generator=self.generator)
         cues = unit_key(noise.to(fast.s.device))
         verdict = judge(fast, full, pairs, cues, tolerance)
@@ -193,14 +202,14 @@ class ReplayNight(Night):
         blocks[layer] = block
         self.state = self.state._replace(blocks=tuple(blocks))
 
-    def _unit_cost(self, layer: int) -> Cost:
-        """What a unit may cost at most, its gate included."""
+    def _unit_cost(self, layer: int, unit: Unit) -> Cost:
+        """What it may cost at most, its gate included."""
         sizes, lanes = self._sizes(layer), len(self.state.position)
         heads = lanes * int(self._space(layer).answers.sum())  # that an MLP is written in
-        num_pairs = sizes.unit_pairs
-        write = write_cost(sizes._replace(heads=heads) if sizes.hidden else sizes, num_pairs)
-        chosen = (keys_cost(sizes), choose_cost(sizes, num_pairs), mark_cost(sizes))
-        return total(*chosen, write, gate_cost(sizes, num_pairs))
+        steps = unit.steps_for(min(unit.pairs, sizes.places))
+        written = sizes._replace(heads=heads) if sizes.hidden else sizes
+        chosen = (keys_cost(sizes), choose_cost(sizes, unit.pairs), mark_cost(sizes))
+        return total(*chosen, write_cost(written, unit.pairs, steps), gate_cost(sizes, unit.pairs))
 
     def _sizes(self, layer: int) -> Sizes:
         return sizes_of(self.state.blocks[layer])

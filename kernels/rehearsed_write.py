@@ -3,8 +3,7 @@
 A linear memory of width K holds hardly more than K pairs, an MLP several times as many, but no
 closed form keeps the old ones. So old answers are written again beside the new pairs: for a sample
 of the keys that were written before, what the memory gives for them before the write (rehearsal
-without old values: Robins, Connection Science 1995). Keys made up in their place protect less:
-those of a real stream crowd together.
+without old values: Robins, Connection Science 1995).
 
 The memory is f(k) = silu(k A) B, packed into one tensor s [.., K, 2 M] = [A, B^T]. It begins with
 A at random and B zero: then all answers are zero.
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEPS = 192  # of Adam per write
-RATE = 0.01  # its step size at first, for B in parts of the values' RMS; it falls to 0
+STEPS = 192  # of Adam per write, at least
+RATE = 0.05  # its step size at first, for B in parts of the values' RMS; it falls to 0
 LAST = 0.3  # share of the steps in which it falls
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-8
 

@@ -58,7 +58,7 @@ def replayed(
     fast = no_fast_weights(store.k, *sizes, hidden=expansion * width)
     for _ in range(MOST_UNITS):
         pairs = choose(store, fast, 2 * width if expansion else width // 2, -math.inf)
-        full = change(fast, pairs, LAM, generator)
+        full = change(fast, pairs, LAM)
         cues = unit_key(torch.randn(NOISE_CUES, width, generator=generator))
         step = judge(fast, full, pairs, cues, tolerance).step
         if not bool((step > 0).any()):

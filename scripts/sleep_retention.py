@@ -81,7 +81,7 @@ def at_once(k: Tensor, v: Tensor, model: TTLModel) -> Tensor:
 def carry_out(model, state: StreamState, layer: int, place: Tensor, items: int, tolerance: float):
     """Sleep once per `items` places; yield the fast weights and the report after every sleep."""
     full = state.blocks[layer].store
-    unit = sizes_of(state.blocks[layer]).unit_pairs
+    unit = sizes_of(state.blocks[layer]).units[-1].pairs
     config = SleepConfig(
         rule="replay",
         passes=-(-items // unit),

@@ -99,7 +99,7 @@ def _slept(
         seen, fast = seen_by(space, store._replace(position=offered), block.fast)
         pairs = choose(seen, fast, num_pairs, worth=-math.inf)
         fast = without_superseded(fast, pairs)
-        fast = unseen(change(fast, pairs, lam, generator), block.fast)
+        fast = unseen(change(fast, pairs, lam), block.fast)
         fast = keep_keys(fast, store, pairs, pairs.chosen)
         free = torch.zeros_like(store.position, dtype=torch.bool)
         free = free.scatter(-1, pairs.place, pairs.chosen)

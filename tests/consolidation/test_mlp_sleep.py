@@ -35,7 +35,7 @@ def begin(seed: int):
     """An MLP that knows more pairs than a matrix could, all of them probes."""
     generator = torch.Generator().manual_seed(seed)
     old, new = draw_pairs(OLD, generator), draw_pairs(NEW, generator)
-    fast = change(no_fast_weights(old.k, B, H, K, hidden=8 * K), old, LAM, generator)
+    fast = change(no_fast_weights(old.k, B, H, K, hidden=8 * K), old, LAM)
     position = torch.arange(OLD) + 1000 * torch.arange(B * H).view(B, H, 1)
     number, span = torch.zeros(B, H, OLD), torch.zeros(B, H, OLD, SPAN)
     store = StoreState(old.k, old.v, number, number, position, span, number[..., :3])
@@ -56,7 +56,7 @@ def flipped_sign(fast, full, old, new, generator):
 
 
 def shuffled_values(fast, full, old, new, generator):
-    return change(fast, new._replace(v=new.v.roll(1, 2)), LAM, generator).s
+    return change(fast, new._replace(v=new.v.roll(1, 2)), LAM).s
 
 
 def other_values_for_a_tenth(fast, full, old, new, generator):
@@ -66,14 +66,14 @@ def other_values_for_a_tenth(fast, full, old, new, generator):
     replaces = torch.arange(k.shape[2]) >= NEW
     chosen = torch.ones(B, H, k.shape[2], dtype=torch.bool)
     both = Pairs(new.place, chosen, k, v, replaces.expand(B, H, -1))
-    return change(fast, both, LAM, generator).s
+    return change(fast, both, LAM).s
 
 
 def test_good_writes_pass_and_forced_bad_ones_are_rejected():
     passed, rejected, known = [], {}, []
     for seed in range(2):
         fast, old, new, cues, generator = begin(seed)
-        full = change(fast, new, LAM, generator)
+        full = change(fast, new, LAM)
         passed.append(judge(fast, full, new, cues, TOLERANCE).step > 0)
         told = answer(full.s, old.k)
         known.append(torch.cosine_similarity(told, old.v, dim=-1) >= TOLERANCE)
@@ -163,7 +163,7 @@ def test_it_pays_at_least_what_torch_counts_and_never_more_than_it_has(read):
         _, less, smaller = night(model, state, Ledger(wake=Cost(wake)))
         assert less.sleep.flops + less.gate.flops + less.wasted.flops <= wake
         assert smaller.reason == "the budget is spent" != report.reason
-    assert smaller.units < report.units
+    assert 0 < smaller.written < report.written  # a cheaper unit
 
 
 def test_the_same_seed_gives_the_same_bits(read):
@@ -183,23 +183,6 @@ def test_the_same_seed_gives_the_same_bits(read):
 def test_kinds_that_cannot_be_are_refused(options, why):
     with pytest.raises(ValueError, match=why):
         FastConfig(**options)
-
-
-def test_a_write_without_a_generator_of_its_own_is_refused():
-    fast, _, new, _, _ = begin(0)
-    with pytest.raises(ValueError, match="needs a generator"):
-        change(fast, new, LAM)
-
-
-def test_noise_is_answered_less_loudly_than_what_was_written():
-    generator = torch.Generator().manual_seed(0)
-    fast = no_fast_weights(torch.zeros(1), B, H, K, hidden=8 * K)
-    cues = unit_key(torch.randn(NOISE_CUES, K, generator=generator)).expand(B, H, -1, -1)
-    for _ in range(4):
-        new = draw_pairs(NEW, generator)
-        fast = change(fast, new, LAM, generator)
-    # .82 of a value's length; 1.12 if keys of noise are not rehearsed
-    assert answer(fast.s, cues).norm(dim=-1).mean() < 0.95 * new.v.norm(dim=-1).mean()
 
 
 def test_what_sleep_wrote_into_an_mlp_is_read_once_the_store_has_let_go_of_it(read):
