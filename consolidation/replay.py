@@ -17,6 +17,7 @@ Shapes: B lanes, H heads, S store places, n pairs of a unit, M marked pairs, K h
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -113,23 +114,29 @@ def only(sample: Sample, rows: Tensor) -> Sample:
     return type(sample)(**fields)
 
 
-def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> Pairs:
+def choose(
+    store: StoreState, fast: FastState, num_pairs: int, worth: float, crowded: float = 0.0
+) -> Pairs:
     """The pairs that a unit should write, by need times gain; num_pairs per head at most.
 
     Need is a pair's rank by score in its head, gain the share of its value that is not given back.
     Left out are pairs that are not finite, marked or set aside as probes, those with too small a
     score or, for an MLP, with a smaller one than any key that it holds, once it is full, and those
-    that a later pair with the same key supersedes.
+    that a later pair with the same key supersedes. A full MLP forgets a pair for each that it
+    takes: it takes no more than crowd the store.
 
     Args:
         worth: score from which on a pair is worth a write.
+        crowded: share of the store that such pairs may fill before a full MLP forgets for them.
     """
     k, v, usable = readable(store)
     told = answer(fast.s, k)
     gain = ((v - told).norm(dim=-1) / v.norm(dim=-1).clamp(min=1e-6)).clamp(max=1)
     need = store.score.argsort(dim=-1).argsort(dim=-1) + 1.0
     aside = (store.position[..., None] == fast.probes.position[..., None, :]).any(-1)
-    usable &= (store.score >= worth) & (fast.asleep != store.position) & ~aside
+    usable &= (store.score >= worth) & (fast.asleep != store.position)
+    room = _room(fast, usable.sum(-1) - crowded * k.shape[2])
+    usable &= ~aside
     if fast.old:
         usable &= store.score > fast.old.score.amin(-1, keepdim=True)
     worth = torch.where(usable, need * gain, -torch.inf)
@@ -138,12 +145,20 @@ def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> 
     fresh = usable.gather(-1, order) & ~old
     first = (~fresh).to(torch.uint8).argsort(dim=-1, stable=True)[..., :num_pairs]
     place, chosen = order.gather(-1, first), fresh.gather(-1, first)
+    chosen &= torch.arange(chosen.shape[-1], device=room.device) < room[..., None]
     most = int(chosen.sum(-1).max())
     place, chosen = place[..., :most], chosen[..., :most]
     k, v = (torch.where(chosen[..., None], take(t, place), 0.0) for t in (k, v))
     written = [fast.probes.k, *([fast.old.k] if fast.old else [])]
     again = (k @ torch.cat(written, 2).float().mT >= SAME_KEY).any(-1)
     return Pairs(place, chosen, k, v, chosen & again)
+
+
+def _room(fast: FastState, crowd: Tensor) -> Tensor:
+    """Pairs that each head [B, H] takes: for its empty rows, and for the `crowd` [B, H]."""
+    if not fast.old:
+        return torch.full_like(crowd, math.inf)
+    return (fast.old.position < 0).sum(-1) + crowd.clamp(min=0)
 
 
 def change(fast: FastState, pairs: Pairs, lam: float, steps: int = STEPS) -> FastState:

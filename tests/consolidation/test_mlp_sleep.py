@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep.consolidation.budget import Cost, Ledger
 from wakesleep.consolidation.gate import NOISE_CUES, judge, set_aside
-from wakesleep.consolidation.replay import Pairs, change, keep_keys
+from wakesleep.consolidation.replay import Pairs, change, choose, keep_keys, seen_by
 from wakesleep.consolidation.sleep import sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights
@@ -164,6 +164,31 @@ def test_it_pays_at_least_what_torch_counts_and_never_more_than_it_has(read):
         assert less.sleep.flops + less.gate.flops + less.wasted.flops <= wake
         assert smaller.reason == "the budget is spent" != report.reason
     assert 0 < smaller.written < report.written  # a cheaper unit
+
+
+def test_a_full_mlp_forgets_only_for_a_crowded_store(read):
+    model, state = read
+    store, fast = seen_by(
+        model.blocks[1].attention.fast.space, state.blocks[1].store, state.blocks[1].fast
+    )
+    old = fast.old._replace(
+        k=unit_key(torch.randn(fast.old.k.shape, generator=torch.Generator().manual_seed(0))),
+        score=torch.full_like(fast.old.score, -1e6),
+        position=torch.arange(fast.old.position.shape[-1]).expand_as(fast.old.position),
+    )
+    full, held = fast._replace(old=old), (store.position >= 0).sum(-1)
+
+    def count(fast, crowded: float) -> torch.Tensor:
+        return choose(store, fast, 80, -1e9, crowded).chosen.sum(-1)
+
+    places = store.position.shape[-1]
+    fresh = count(fast, 1.0)  # in a row of its own each
+    assert (fresh > places // 2).all() and (held <= places).all()
+    assert not count(full, 1.0).any()
+    assert torch.equal(count(full, 0.75), torch.minimum(held - round(0.75 * places), fresh))
+    assert torch.equal(count(full, 0.0), fresh)
+    one_free = full._replace(old=old._replace(position=old.position.roll(1, -1) - 1))
+    assert (count(one_free, 1.0) == 1).all()
 
 
 def test_the_same_seed_gives_the_same_bits(read):
