@@ -11,6 +11,7 @@ import torch
 from wakesleep.streams import ask
 from wakesleep.streams.language_model import DEFAULT
 from wakesleep.streams.session import Session
+from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.model_io import TOKENIZER, save_model
 from wakesleep.ttl.store import StoreConfig
@@ -37,7 +38,7 @@ def _short_answers(monkeypatch):
 def make_model(tmp_path_factory) -> Callable:
     """Save a model of random weights with some parts and return its folder."""
 
-    def make(memory_layers=(0,), store_layers=(1,)) -> Path:
+    def make(memory_layers=(0,), store_layers=(1,), fast_layers=()) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(1)
             config = ModelConfig(
@@ -51,6 +52,8 @@ def make_model(tmp_path_factory) -> Callable:
                 memory_layers=memory_layers,
                 store_layers=store_layers,
                 store=StoreConfig(capacity=32),
+                fast_layers=fast_layers,
+                fast=FastConfig(kind="mlp"),
             )
             model = TTLModel(config)
         folder = tmp_path_factory.mktemp("model") / "tiny"
