@@ -18,9 +18,9 @@ class SleepConfig:
     burst: float = math.inf  # FLOPs that can be saved up
     passes: int | None = None  # replay: units of a layer in one sleep, 8; else N with reading, 2
     trigger: tuple[Trigger, ...] = ()  # any of them asks for sleep; () = the rule's own
-    every: int = 4096  # tokens between two sleeps of `every`, and the shortest distance of others
-    high: float = 0.8  # pressure from which on sleep is wanted
-    low: float = 0.5  # pressure from which on it is not any more
+    every: int = 2048  # tokens between two sleeps of `every`, and the shortest distance of others
+    high: float = 0.5  # pressure from which on sleep is wanted
+    low: float = 0.1  # pressure from which on it is not any more
     surprise: float = 4096.0  # sum of surprise above its mean that asks, in means
     worth: float = 0.0  # score from which on a pair is worth it; learned: as likely asked as not
     tolerance: float = 0.6  # cosine of an answer with the value, from which on a pair is known

@@ -126,7 +126,9 @@ class NeuralMemory(nn.Module):
         Queries and keys of equal tokens are alike, the output undoes the values' projection, and
         keys are those of the tokens before: what a head gives back for the last tokens is what came
         behind them before. The first head compares one token, the next two, and so on as far as
-        the convolution reaches. Nothing of it is fixed.
+        the convolution reaches. Before it has learned, an MLP gives the same for all keys, and the
+        bias takes it away: an answer of its own to every key would be as loud as what is learned,
+        for it is normalised. Nothing of it is fixed.
         """
         inner = self.out.in_features
         nn.init.normal_(self.qkv.weight, std=self.qkv.in_features**-0.5)
@@ -136,6 +138,11 @@ class NeuralMemory(nn.Module):
         nn.init.normal_(self.gates.weight, std=GATE_STD)
         starts = [OUTPUT_GATE_INIT, self.config.keep_init, 0.5, 0.5][: 2 + self.config.levels]
         self.gates.bias.copy_(torch.tensor(starts).logit().repeat_interleave(self.num_heads))
+        if self.config.kind == "mlp":
+            same = torch.randn(self.num_heads, 1, self.head_dim)
+            same = F.layer_norm(same, same.shape[-1:])
+            self.initial[1].copy_((same / self.initial[1].shape[1]).expand_as(self.initial[1]))
+            self.bias.copy_(-self.gamma * same[:, 0])
         *queries, keys, values = self.taps.split(inner)
         values[:, -1] += 1.0  # the identity
         longest = self.config.taps - 1 if queries else 1  # without taps, queries are of one token
@@ -377,9 +384,12 @@ def _merge_heads(weights: Stacks) -> Stacks:
 
 
 def _initial_weights(config: MemoryConfig, num_heads: int, head_dim: int) -> list[nn.Parameter]:
-    """Random fast weights per layer, [H, in, out]; keys have norm 1, so 1 per element is unit."""
+    """Fast weights per layer, [H, in, out]; keys have norm 1, so 1 per element is unit.
+
+    The last ones of an MLP are set by `_init_parameters`.
+    """
     H, K = num_heads, head_dim
     if config.kind != "mlp":
         return [nn.Parameter(torch.randn(H, K, K) * 0.1)]
     h = config.expansion * K
-    return [nn.Parameter(torch.randn(H, K, h)), nn.Parameter(torch.randn(H, h, K) * h**-0.5)]
+    return [nn.Parameter(torch.randn(H, K, h)), nn.Parameter(torch.zeros(H, h, K))]

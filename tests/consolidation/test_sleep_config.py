@@ -16,7 +16,7 @@ from wakesleep.consolidation.sleep_config import SleepConfig
         {"passes": -1},
         {"span_tokens": 0},
         {"every": 0},
-        {"high": 0.3},
+        {"high": 0.05},
         {"low": -0.1},
         {"surprise": 0.0},
         {"tolerance": 1.0},
