@@ -135,7 +135,7 @@ def choose(
     need = store.score.argsort(dim=-1).argsort(dim=-1) + 1.0
     aside = (store.position[..., None] == fast.probes.position[..., None, :]).any(-1)
     usable &= (store.score >= worth) & (fast.asleep != store.position)
-    room = _room(fast, usable.sum(-1) - crowded * k.shape[2])
+    wanted = room(fast, usable.sum(-1), crowded * k.shape[2])
     usable &= ~aside
     if fast.old:
         usable &= store.score > fast.old.score.amin(-1, keepdim=True)
@@ -145,7 +145,7 @@ def choose(
     fresh = usable.gather(-1, order) & ~old
     first = (~fresh).to(torch.uint8).argsort(dim=-1, stable=True)[..., :num_pairs]
     place, chosen = order.gather(-1, first), fresh.gather(-1, first)
-    chosen &= torch.arange(chosen.shape[-1], device=room.device) < room[..., None]
+    chosen &= torch.arange(chosen.shape[-1], device=wanted.device) < wanted[..., None]
     most = int(chosen.sum(-1).max())
     place, chosen = place[..., :most], chosen[..., :most]
     k, v = (torch.where(chosen[..., None], take(t, place), 0.0) for t in (k, v))
@@ -154,11 +154,16 @@ def choose(
     return Pairs(place, chosen, k, v, chosen & again)
 
 
-def _room(fast: FastState, crowd: Tensor) -> Tensor:
-    """Pairs that each head [B, H] takes: for its empty rows, and for the `crowd` [B, H]."""
+def room(fast: FastState, waiting: Tensor, crowded: float) -> Tensor:
+    """How many more pairs each head [B, H] takes: one for each empty row of an MLP.
+
+    Args:
+        waiting: [B, H] pairs of the store that are worth it and not written yet; those beyond
+            `crowded` take a row from others.
+    """
     if not fast.old:
-        return torch.full_like(crowd, math.inf)
-    return (fast.old.position < 0).sum(-1) + crowd.clamp(min=0)
+        return torch.full_like(waiting, math.inf, dtype=torch.float32)
+    return (fast.old.position < 0).sum(-1) + (waiting - crowded).clamp(min=0)
 
 
 def change(fast: FastState, pairs: Pairs, lam: float, steps: int = STEPS) -> FastState:

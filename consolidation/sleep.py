@@ -12,6 +12,7 @@ import torch
 from wakesleep.consolidation.budget import Ledger
 from wakesleep.consolidation.night import Night, SleepReport
 from wakesleep.consolidation.passes_sleep import PassesNight, check_passes
+from wakesleep.consolidation.replay import room
 from wakesleep.consolidation.replay_sleep import ReplayNight, replay_layers
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.ttl.model import TTLModel
@@ -60,19 +61,23 @@ def least_cost(model: TTLModel, state: StreamState, config: SleepConfig) -> int:
         return _night(model, state, config, Ledger(), torch.Generator()).least
 
 
-def pressure(model: TTLModel, state: StreamState, worth: float) -> float:
-    """Share of the places that sleep could make free which hold a pair with such a score.
+def pressure(model: TTLModel, state: StreamState, config: SleepConfig) -> float:
+    """Share of the places that sleep could make free which hold a pair that is worth it.
 
     What is worth less may be overwritten at any time. A pair that the fast weights know counts as
-    well: the next sleep makes its place free.
+    well: the next sleep makes its place free. A head that sleep can do nothing for counts as empty.
     """
     held = places = 0
     for block, module in zip(state.blocks, model.blocks, strict=True):
-        if block.store is not None and block.fast.asleep.numel():
+        store, fast = block.store, block.fast
+        if store is not None and fast.asleep.numel():
             space = module.attention.fast.space
             heads = slice(None) if space is None else space.answers.nonzero()[:, 0]
-            worthy = (block.store.position >= 0) & (block.store.score >= worth)
-            held, places = held + int(worthy[:, heads].sum()), places + worthy[:, heads].numel()
+            worthy = (store.position >= 0) & (store.score >= config.worth)
+            marked = worthy & (fast.asleep == store.position)
+            more = room(fast, (worthy & ~marked).sum(-1), config.high * worthy.shape[-1])
+            count = torch.where(marked.any(-1) | (more > 0), worthy.sum(-1), 0)
+            held, places = held + int(count[:, heads].sum()), places + worthy[:, heads].numel()
     return held / places if places else 0.0
 
 

@@ -83,7 +83,7 @@ def read(
         flops = wake_flops(model.config, position, SEGMENT, **sizes, head=False)
         ledger = ledger._replace(wake=ledger.wake.plus(Cost(flops)))
         position += SEGMENT
-        if config is not None and pressure(model, state, config.worth) >= config.high:
+        if config is not None and pressure(model, state, config) >= config.high:
             state, ledger, _ = sleep(model, state, config, ledger, generator)
     return state, ledger
 

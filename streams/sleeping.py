@@ -124,6 +124,6 @@ class Sleeper:
             tokens=runner.tokens // lanes,
             segment=segment // lanes,
             surprise=runner.last_surprise,
-            pressure=pressure(model, runner.state, self.config.worth),
+            pressure=pressure(model, runner.state, self.config),
             idle=idle,
         )

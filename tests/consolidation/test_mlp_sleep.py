@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wakesleep.consolidation.budget import Cost, Ledger
 from wakesleep.consolidation.gate import NOISE_CUES, judge, set_aside
 from wakesleep.consolidation.replay import Pairs, change, choose, keep_keys, seen_by
-from wakesleep.consolidation.sleep import sleep
+from wakesleep.consolidation.sleep import pressure, sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights
 from wakesleep.ttl.key_space import unit_key
@@ -187,6 +187,11 @@ def test_a_full_mlp_forgets_only_for_a_crowded_store(read):
     assert not count(full, 1.0).any()
     assert torch.equal(count(full, 0.75), torch.minimum(held - round(0.75 * places), fresh))
     assert torch.equal(count(full, 0.0), fresh)
+    crowds = [{"high": high, "low": 0.0, "worth": -1e9} for high in (1.0, 0.75)]
+    for fast_state, presses in ((fast, (True, True)), (full, (False, True))):
+        blocks = (state.blocks[0], state.blocks[1]._replace(fast=fast_state))
+        said = [pressure(model, state._replace(blocks=blocks), SleepConfig(**c)) for c in crowds]
+        assert [share > 0 for share in said] == list(presses)
     one_free = full._replace(old=old._replace(position=old.position.roll(1, -1) - 1))
     assert (count(one_free, 1.0) == 1).all()
 

@@ -97,11 +97,15 @@ def test_heads_that_ask_for_other_things_than_keys_keep_their_pairs(model):
             assert torch.equal(now.fast.s[:, 0], before.fast.s[:, 0])
             assert torch.equal(now.store.position[:, 0], before.store.position[:, 0])
             assert (now.store.position[:, 1] < 0).any()
-    assert 0.0 < sleeping.pressure(deaf, later, -9.0) < 1.0
+    assert 0.0 < press(deaf, later) < 1.0
     position = torch.zeros_like(state.blocks[0].store.position)
     empty = state.blocks[0].store._replace(position=position.index_fill(1, torch.tensor([1]), -1))
     blocks = [b._replace(store=empty) if b.fast.asleep.numel() else b for b in state.blocks]
-    assert sleeping.pressure(deaf, state._replace(blocks=tuple(blocks)), -9.0) == 0.0
+    assert press(deaf, state._replace(blocks=tuple(blocks))) == 0.0
+
+
+def press(model, state, worth=-9.0) -> float:
+    return sleeping.pressure(model, state, SleepConfig(worth=worth))
 
 
 def test_a_second_sleep_frees_the_places_of_what_is_still_known(model):
@@ -258,13 +262,11 @@ def test_a_model_that_cannot_sleep_is_refused(options, why):
 
 def test_what_is_marked_but_not_released_still_presses_for_sleep(model):
     state = read(model)
-    assert sleeping.pressure(model, model.init_state(B), -9.0) == 0.0
-    assert (
-        sleeping.pressure(model, state, -9.0) == 1.0 and sleeping.pressure(model, state, 9.0) == 0.0
-    )
+    assert press(model, model.init_state(B)) == 0.0
+    assert press(model, state) == 1.0 and press(model, state, worth=9.0) == 0.0
     after, ledger, report = sleep(model, state)
-    assert report.written > 0 and sleeping.pressure(model, after, -9.0) == 1.0
+    assert report.written > 0 and press(model, after) == 1.0
     later, _, report = sleep(model, after, ledger, seed=1)
     places = 2 * B * H * 40
     assert report.released > 0
-    assert sleeping.pressure(model, later, -9.0) == 1 - report.released / places
+    assert press(model, later) == 1 - report.released / places
