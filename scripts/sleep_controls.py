@@ -41,7 +41,7 @@ from wakesleep.streams.stream_config import StreamConfig
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.model import ModelConfig
 
-USUAL = {"limit_tokens": "200k", "facts.count": "128", "store.capacity": "256"}
+USUAL = {"limit_tokens": "200k", "facts.count": "128", "store.capacity": "512"}
 SPOILT = ("noise", "shuffled", "flipped")
 UNGATED = " ungated"
 ASLEEP = ("asleep", *SPOILT)

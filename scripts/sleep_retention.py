@@ -7,8 +7,9 @@
 The pairs that the session's store holds come once more, in the order in which they were read, so
 many new ones per head and sleep; nothing else is in the store then. Every sleep is the one that
 streams sleep (budget, gate and all), into fresh fast weights. Known means that of the values of all
-items the right one is nearest to what the fast weights give back. Beside it: all items written
-together, without a gate (a ridge fit, or 300 steps of Adam).
+items the right one is nearest to what the fast weights give back; heads that sleep does not write
+are left out. Beside it: all items written together, without a gate (a ridge fit, or 300 steps of
+Adam).
 """
 
 from __future__ import annotations
@@ -114,8 +115,9 @@ def main() -> None:
     model, state, layer = arrange(Session.load(args.session), args.expansion)
     store = state.blocks[layer].store
     place = items_of(store, args.sleeps * args.items)
-    keys = model.blocks[layer].attention.fast.space.keys(store.k)
-    k, v = take(keys, place), take(store.v, place).float()
+    space = model.blocks[layer].attention.fast.space
+    heads = space.answers  # sleep writes no others
+    k, v = (take(t, place)[:, heads] for t in (space.keys(store.k), store.v.float()))
     per_tenth, then, rules, refused = args.sleeps // TENTHS, [], Counter(), 0
     nights = carry_out(model, state, layer, place, args.items, args.tolerance)
     for number, (fast, report) in enumerate(nights, 1):
@@ -124,18 +126,17 @@ def main() -> None:
         if number % per_tenth == 0:
             end = number * args.items
             new = slice(end - per_tenth * args.items, end)
-            then.append(
-                float(known(fast.s, k[:, :, :end], v[:, :, :end])[..., new].double().mean())
-            )
-    last = known(fast.s, k, v).double().mean((0, 1)).unflatten(0, (TENTHS, -1)).mean(-1)
+            found = known(fast.s[:, heads], k[:, :, :end], v[:, :, :end])
+            then.append(float(found[..., new].double().mean()))
+    last = known(fast.s[:, heads], k, v).double().mean((0, 1)).unflatten(0, (TENTHS, -1)).mean(-1)
     ceiling = known(at_once(k, v, model), k, v).double().mean((0, 1)).unflatten(0, (TENTHS, -1))
     print("| sleeps | known right after | in the end | of all at once |\n|---|--:|--:|--:|")
     for tenth in range(TENTHS):
         span = f"{tenth * per_tenth + 1} to {(tenth + 1) * per_tenth}"
         parts = (then[tenth], last[tenth], ceiling[tenth].mean())
         print(f"| {span} | " + " | ".join(f"{part:.3f}" for part in parts) + " |")
-    heads = store.position.shape[0] * store.position.shape[1]
-    print(f"\n{args.items} new pairs per head, {heads} heads, width {k.shape[-1]}")
+    written = len(store.position) * int(heads.sum())
+    print(f"\n{args.items} new pairs per head, {written} heads, width {k.shape[-1]}")
     told = ", ".join(f"{count} because {rule}" for rule, count in rules.items())
     print(f"refused: {refused} writes{': ' * bool(told)}{told}")
 
