@@ -159,11 +159,14 @@ def room(fast: FastState, waiting: Tensor, crowded: float) -> Tensor:
 
     Args:
         waiting: [B, H] pairs of the store that are worth it and not written yet; those beyond
-            `crowded` take a row from others.
+            `crowded` take a row from others, once they are as many as a head is wide: every write
+            rehearses all that is known.
     """
     if not fast.old:
         return torch.full_like(waiting, math.inf, dtype=torch.float32)
-    return (fast.old.position < 0).sum(-1) + (waiting - crowded).clamp(min=0)
+    crowd = waiting - crowded
+    few = fast.s.shape[-2]
+    return (fast.old.position < 0).sum(-1) + torch.where(crowd >= few, crowd, 0)
 
 
 def change(fast: FastState, pairs: Pairs, lam: float, steps: int = STEPS) -> FastState:

@@ -187,6 +187,7 @@ def test_a_full_mlp_forgets_only_for_a_crowded_store(read):
     assert not count(full, 1.0).any()
     assert torch.equal(count(full, 0.75), torch.minimum(held - round(0.75 * places), fresh))
     assert torch.equal(count(full, 0.0), fresh)
+    assert not count(full, 0.9).any()  # 8 pairs are too few for a write that rehearses all
     crowds = [{"high": high, "low": 0.0, "worth": -1e9} for high in (1.0, 0.75)]
     for fast_state, presses in ((fast, (True, True)), (full, (False, True))):
         blocks = (state.blocks[0], state.blocks[1]._replace(fast=fast_state))
