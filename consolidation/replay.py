@@ -17,7 +17,6 @@ Shapes: B lanes, H heads, S store places, n pairs of a unit, M marked pairs, K h
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -34,6 +33,7 @@ Sample = TypeVar("Sample", ProbeState, KeyState)
 
 SAME_KEY = 0.98  # cosine of two keys from which on they are one
 INSTEAD = 20.0  # weight of a pair against another value of its key that is there
+NO_LIMIT = 1 << 40  # pairs
 CUE_NOISE = 0.2  # length of what disturbs a cue of length 1 that a matrix is asked with
 
 
@@ -114,38 +114,33 @@ def only(sample: Sample, rows: Tensor) -> Sample:
     return type(sample)(**fields)
 
 
-def choose(
-    store: StoreState, fast: FastState, num_pairs: int, worth: float, crowded: float = 0.0
-) -> Pairs:
+def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> Pairs:
     """The pairs that a unit should write, by need times gain; num_pairs per head at most.
 
     Need is a pair's rank by score in its head, gain the share of its value that is not given back.
     Left out are pairs that are not finite, marked or set aside as probes, those with too small a
     score or, for an MLP, with a smaller one than any key that it holds, once it is full, and those
-    that a later pair with the same key supersedes. A full MLP forgets a pair for each that it
-    takes: it takes no more than crowd the store.
+    that a later pair with the same key supersedes. No head takes more than it has `room` for.
 
     Args:
         worth: score from which on a pair is worth a write.
-        crowded: share of the store that such pairs may fill before a full MLP forgets for them.
     """
     k, v, usable = readable(store)
     told = answer(fast.s, k)
     gain = ((v - told).norm(dim=-1) / v.norm(dim=-1).clamp(min=1e-6)).clamp(max=1)
     need = store.score.argsort(dim=-1).argsort(dim=-1) + 1.0
     aside = (store.position[..., None] == fast.probes.position[..., None, :]).any(-1)
-    usable &= (store.score >= worth) & (fast.asleep != store.position)
-    wanted = room(fast, usable.sum(-1), crowded * k.shape[2])
-    usable &= ~aside
+    usable &= (store.score >= worth) & (fast.asleep != store.position) & ~aside
     if fast.old:
         usable &= store.score > fast.old.score.amin(-1, keepdim=True)
-    worth = torch.where(usable, need * gain, -torch.inf)
-    order = worth.argsort(dim=-1, descending=True, stable=True)[..., : 2 * num_pairs]
+    use = torch.where(usable, need * gain, -torch.inf)
+    order = use.argsort(dim=-1, descending=True, stable=True)[..., : 2 * num_pairs]
     old = _superseded(take(k, order), store.position.gather(-1, order), k, store.position)
     fresh = usable.gather(-1, order) & ~old
     first = (~fresh).to(torch.uint8).argsort(dim=-1, stable=True)[..., :num_pairs]
     place, chosen = order.gather(-1, first), fresh.gather(-1, first)
-    chosen &= torch.arange(chosen.shape[-1], device=wanted.device) < wanted[..., None]
+    rank = torch.arange(chosen.shape[-1], device=chosen.device)
+    chosen &= rank < room(store, fast, worth)[..., None]
     most = int(chosen.sum(-1).max())
     place, chosen = place[..., :most], chosen[..., :most]
     k, v = (torch.where(chosen[..., None], take(t, place), 0.0) for t in (k, v))
@@ -154,19 +149,23 @@ def choose(
     return Pairs(place, chosen, k, v, chosen & again)
 
 
-def room(fast: FastState, waiting: Tensor, crowded: float) -> Tensor:
-    """How many more pairs each head [B, H] takes: one for each empty row of an MLP.
+def room(store: StoreState, fast: FastState, worth: float) -> Tensor:
+    """How many more pairs each head [B, H] takes; any number in a matrix.
 
-    Args:
-        waiting: [B, H] pairs of the store that are worth it and not written yet; those beyond
-            `crowded` take a row from others, once they are as many as a head is wide: every write
-            rehearses all that is known.
+    An MLP has a row for each. Once they are full, what is known least is forgotten, and as long as
+    the store has room for all that is worth more, nothing is gained by that. Nor by a write of a
+    few pairs, which rehearses all.
     """
     if not fast.old:
-        return torch.full_like(waiting, math.inf, dtype=torch.float32)
-    crowd = waiting - crowded
-    few = fast.s.shape[-2]
-    return (fast.old.position < 0).sum(-1) + torch.where(crowd >= few, crowd, 0)
+        return torch.full_like(fast.asleep[..., 0], NO_LIMIT)
+    few, places = store.k.shape[-1], store.k.shape[2]
+    waiting = (store.position >= 0) & (store.score >= worth) & (fast.asleep != store.position)
+    held = fast.old.position >= 0
+    least = torch.where(held, fast.old.score, torch.inf).amin(-1, keepdim=True)
+    better = (waiting & (store.score > least)).sum(-1)
+    crowd = (better - max(places - 2 * few, 0)).clamp(min=0)
+    total = (~held).sum(-1) + crowd
+    return torch.where(total >= few, total, 0)
 
 
 def change(fast: FastState, pairs: Pairs, lam: float, steps: int = STEPS) -> FastState:

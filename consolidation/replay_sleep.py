@@ -142,7 +142,7 @@ class ReplayNight(Night):
         tolerance = self.config.tolerance
         self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, unit.pairs)))
         seen, fast = seen_by(self._space(layer), block.store, block.fast)
-        pairs = choose(seen, fast, unit.pairs, self.config.worth, self.config.high)
+        pairs = choose(seen, fast, unit.pairs, self.config.worth)
         num_pairs = pairs.chosen.shape[-1]
         steps = unit.steps_for(num_pairs)
         if not num_pairs:

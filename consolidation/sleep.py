@@ -75,7 +75,7 @@ def pressure(model: TTLModel, state: StreamState, config: SleepConfig) -> float:
             heads = slice(None) if space is None else space.answers.nonzero()[:, 0]
             worthy = (store.position >= 0) & (store.score >= config.worth)
             marked = worthy & (fast.asleep == store.position)
-            more = room(fast, (worthy & ~marked).sum(-1), config.high * worthy.shape[-1])
+            more = room(store, fast, config.worth)
             count = torch.where(marked.any(-1) | (more > 0), worthy.sum(-1), 0)
             held, places = held + int(count[:, heads].sum()), places + worthy[:, heads].numel()
     return held / places if places else 0.0

@@ -166,35 +166,37 @@ def test_it_pays_at_least_what_torch_counts_and_never_more_than_it_has(read):
     assert 0 < smaller.written < report.written  # a cheaper unit
 
 
-def test_a_full_mlp_forgets_only_for_a_crowded_store(read):
+def test_a_full_mlp_forgets_only_for_a_store_that_is_full_of_better_pairs(read):
     model, state = read
-    store, fast = seen_by(
-        model.blocks[1].attention.fast.space, state.blocks[1].store, state.blocks[1].fast
-    )
-    old = fast.old._replace(
-        k=unit_key(torch.randn(fast.old.k.shape, generator=torch.Generator().manual_seed(0))),
-        score=torch.full_like(fast.old.score, -1e6),
-        position=torch.arange(fast.old.position.shape[-1]).expand_as(fast.old.position),
-    )
-    full, held = fast._replace(old=old), (store.position >= 0).sum(-1)
+    store = state.blocks[1].store
+    space, places, K = model.blocks[1].attention.fast.space, *store.k.shape[2:]
+    _, fast = seen_by(space, store, state.blocks[1].fast)
+    rows = fast.old.position.shape[-1]
+    k = unit_key(torch.randn(fast.old.k.shape, generator=torch.Generator().manual_seed(0)))
+    held = torch.arange(rows).expand_as(fast.old.position)
+    old = fast.old._replace(k=k, score=torch.full_like(fast.old.score, 5.0), position=held)
+    full = fast._replace(old=old)
 
-    def count(fast, crowded: float) -> torch.Tensor:
-        return choose(store, fast, 80, -1e9, crowded).chosen.sum(-1)
+    def asks(better: int, fast, worth: float = -1e9) -> tuple[list[int], bool]:
+        """Pairs chosen per head, and whether they press, with so many of a higher score."""
+        score = torch.where(torch.arange(places) < better, 6.0, 4.0).expand_as(store.score)
+        part = store._replace(score=score)
+        chosen = choose(seen_by(space, part, fast)[0], fast, 2 * places, worth).chosen.sum(-1)
+        block = state.blocks[1]._replace(store=part, fast=fast)
+        now = state._replace(blocks=(state.blocks[0], block))
+        return chosen.unique().tolist(), pressure(model, now, SleepConfig(worth=worth)) > 0
 
-    places = store.position.shape[-1]
-    fresh = count(fast, 1.0)  # in a row of its own each
-    assert (fresh > places // 2).all() and (held <= places).all()
-    assert not count(full, 1.0).any()
-    assert torch.equal(count(full, 0.75), torch.minimum(held - round(0.75 * places), fresh))
-    assert torch.equal(count(full, 0.0), fresh)
-    assert not count(full, 0.9).any()  # 8 pairs are too few for a write that rehearses all
-    crowds = [{"high": high, "low": 0.0, "worth": -1e9} for high in (1.0, 0.75)]
-    for fast_state, presses in ((fast, (True, True)), (full, (False, True))):
-        blocks = (state.blocks[0], state.blocks[1]._replace(fast=fast_state))
-        said = [pressure(model, state._replace(blocks=blocks), SleepConfig(**c)) for c in crowds]
-        assert [share > 0 for share in said] == list(presses)
-    one_free = full._replace(old=old._replace(position=old.position.roll(1, -1) - 1))
-    assert (count(one_free, 1.0) == 1).all()
+    assert places > 3 * K and (store.position >= 0).all()
+    assert asks(places - K - 1, full) == ([0], False)
+    assert asks(places - K, full) == ([K], True)
+    assert asks(places, full) == ([2 * K], True)
+    some = fast._replace(old=old._replace(position=torch.where(held < K - 1, -1, held)))
+    assert asks(0, some) == ([0], False)  # too few rows are empty, and what fills others is better
+    empty = old._replace(
+        position=torch.where(held < K, -1, held), score=old.score.masked_fill(held < K, -9e9)
+    )
+    assert asks(0, fast._replace(old=empty)) == ([K], True)
+    assert asks(0, fast)[0][0] > places // 2 and asks(0, fast)[1]  # each has a row of its own
 
 
 def test_the_same_seed_gives_the_same_bits(read):
