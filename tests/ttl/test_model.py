@@ -212,6 +212,8 @@ def test_an_error_of_exactly_zero_writes_nothing_and_its_gradients_are_finite(ki
     model = TTLModel(make({"kind": kind}))
     with torch.no_grad():
         model.embedding.weight.zero_()
+        if kind == "mlp":
+            model.blocks[0].memory.bias.zero_()
     logits, state, stats = model(draw(30), model.init_state(B))
     assert not stats.surprise.any() and stats.written[0].all()
     for weights in (*state.blocks[0].memory.weights, *state.blocks[0].memory.momentum):
