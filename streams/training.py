@@ -383,16 +383,18 @@ def _start_from(model: TTLModel, config: TrainConfig) -> None:
     """Take the weights of a model folder; optimiser and data begin afresh.
 
     The window and the store's capacity may be other ones: no weight depends on them. Layers
-    may lack the memory or the store that they have there: a twin without a part. They may have
-    fast weights that they lack there: until something is written, these say nothing. And those may
-    be of another kind: the read has the same weights.
+    may lack the memory, the store or the fast weights that they have there: a twin without a part.
+    They may have fast weights that they lack there: until something is written, these say nothing.
+    And those may be of another kind: the read has the same weights.
     """
     shipped = config.train.start == "default"
     found = load_model(DEFAULT if shipped else config.train.start)
     before, now = flat(found.config), flat(config.model)
     for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
-        fewer = key in ("memory_layers", "store_layers") and set(now[key]) <= set(before[key])
-        unread = key.startswith("fast.") and (key != "fast.write" or not before["fast_layers"])
+        parts = ("memory_layers", "store_layers", "fast_layers")
+        fewer = key in parts and set(now[key]) <= set(before[key])
+        fast = before["fast_layers"] and now["fast_layers"]
+        unread = key.startswith("fast.") and (key != "fast.write" or not fast)
         unread = unread or (key == "fast_layers" and not before[key])
         if before.get(key) != now.get(key) and not fewer and not unread:
             raise Refused(
