@@ -91,7 +91,7 @@ def plan_chunk(
         carry = torch.cat([carry, below[:, None]], 1)
     past = torch.ones_like(mix[0]).tril() * written[:, None, :]
     gate = torch.where(written, step if eta is None else step * (1 - eta), 0 * one)
-    plan = Plan(shares, mix, write, carry, beta, _spread(k, write).mT, past, gate, past)
+    plan = Plan(shares, mix, write, carry, beta, spread(k, write).mT, past, gate, past)
     return plan._replace(products=products(k, plan))
 
 
@@ -133,7 +133,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(1, rows.expand(-1, -1, *x.shape[2:]))
 
 
-def _spread(x: Tensor, shares: Tensor) -> Tensor:
+def spread(x: Tensor, shares: Tensor) -> Tensor:
     """x [X, n, K] once per level of the stack, times its share [X, n, s]: [X, n, s * K]."""
     if shares.shape[-1] == 1:
         return x * shares
@@ -148,11 +148,11 @@ def _advance(stack: Tensor, plan: Plan, inputs: Tensor, steps: Tensor) -> Tensor
     return torch.baddbmm(carried.view_as(stack), inputs, steps)
 
 
-def _read_start(base: Weights, stacks: Stacks, layer: int, x: Tensor, plan: Plan) -> Tensor:
+def read_start(base: Weights, stacks: Stacks, layer: int, x: Tensor, plan: Plan) -> Tensor:
     """What x [X, C, in] reads of the base and of what was there at the chunk's start."""
     if not base:
-        return torch.bmm(_spread(x, plan.read), stacks[layer])
-    return torch.baddbmm(torch.bmm(x, base[layer]), _spread(x, plan.read), stacks[layer])
+        return torch.bmm(spread(x, plan.read), stacks[layer])
+    return torch.baddbmm(torch.bmm(x, base[layer]), spread(x, plan.read), stacks[layer])
 
 
 def clip_errors(error: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -192,8 +192,9 @@ class MLPErrors(NamedTuple):
     """First half of a write: the memory at the chunk's start, applied to the keys."""
 
     error: Tensor  # [X, n, K] clipped
-    hidden: Tensor  # [X, n, h] silu(k A)
-    slope: Tensor  # [X, n, h] silu'(k A)
+    z: Tensor  # [X, n, h] k A
+    hidden: Tensor  # [X, n, h] silu(z)
+    slope: Tensor  # [X, n, h] silu'(z)
     before: Tensor  # [X, n, K] hidden B, what is normalised
     mean: Tensor  # [X, n, 1]
     scale: Tensor  # [X, n, 1] 1 / standard deviation
@@ -238,7 +239,7 @@ class MatrixMemory(NamedTuple):
         steps: tuple[Tensor],
     ) -> Tensor:
         """y_t = M_t(q_t) for all tokens of the chunk: [X, C, K]."""
-        y = _read_start(self.base, stacks, 0, q, plan)
+        y = read_start(self.base, stacks, 0, q, plan)
         return torch.baddbmm(y, torch.bmm(q, k.mT) * plan.mix, steps[0])
 
     def write(
@@ -277,7 +278,7 @@ class MLPMemory(NamedTuple):
         before = torch.bmm(hidden, weights[1])
         normed, mean, scale = torch.native_layer_norm(before, before.shape[-1:], None, None, EPS)
         error, norm = clip_errors(torch.addcmul(k - v + self.bias, normed, self.gamma), self.limit)
-        return MLPErrors(error, hidden, slope, before, mean, scale), norm
+        return MLPErrors(error, z, hidden, slope, before, mean, scale), norm
 
     def steps(self, weights: Weights, plan: Plan, errors: MLPErrors) -> tuple[Tensor, Tensor]:
         """Second half: gradients in front of A [X, n, h] and of B [X, n, K], times -theta.
@@ -285,7 +286,7 @@ class MLPMemory(NamedTuple):
         The bound of theta is not differentiated: the outer loss moves the gates, not the guard.
         """
         with torch.no_grad():
-            bound = self._bound(weights[1], plan, errors)
+            bound = self.bound(weights[1], plan, errors)
         gradient = errors.error * (self.gamma * (plan.gate * -bound)[..., None])
         gradient = torch.ops.aten.native_layer_norm_backward(
             gradient,
@@ -299,7 +300,7 @@ class MLPMemory(NamedTuple):
         )[0]
         return torch.bmm(gradient, weights[1].mT) * errors.slope, gradient
 
-    def _bound(self, second: Tensor, plan: Plan, errors: MLPErrors) -> Tensor:
+    def bound(self, second: Tensor, plan: Plan, errors: MLPErrors) -> Tensor:
         """Step bound [X, n] from what tokens do to each other's outputs through both layers.
 
         A step on token j moves the output of token i through B by at most |h_i . h_j| and through
@@ -325,10 +326,10 @@ class MLPMemory(NamedTuple):
         steps: tuple[Tensor, Tensor],
     ) -> Tensor:
         """y_t = M_t(q_t) for all tokens of the chunk: [X, C, K]."""
-        z = _read_start(self.base, stacks, 0, q, plan)
+        z = read_start(self.base, stacks, 0, q, plan)
         z = torch.baddbmm(z, torch.bmm(q, k.mT) * plan.mix, steps[0])
         x = F.silu(z)
-        u = _read_start(self.base, stacks, 1, x, plan)
+        u = read_start(self.base, stacks, 1, x, plan)
         u = torch.baddbmm(u, torch.bmm(x, errors.hidden.mT) * plan.mix, steps[1])
         return self._residual(q, u)
 
@@ -336,7 +337,7 @@ class MLPMemory(NamedTuple):
         self, stacks: Stacks, plan: Plan, errors: MLPErrors, steps: tuple[Tensor, Tensor]
     ) -> Stacks:
         """Both stacks at the end of the chunk."""
-        inputs = plan.keys, _spread(errors.hidden, plan.write).mT
+        inputs = plan.keys, spread(errors.hidden, plan.write).mT
         return tuple(
             _advance(*row) for row in zip(stacks, (plan, plan), inputs, steps, strict=True)
         )

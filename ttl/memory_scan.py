@@ -28,6 +28,7 @@ from wakesleep.kernels.memory_chunk import (
     read_rows,
     take_rows,
 )
+from wakesleep.kernels.mlp_chunk import mlp_chunk
 from wakesleep.ttl.recompute import recomputed_of_tensors
 
 HORIZON = 4096  # tokens over which the running mean of surprise forgets
@@ -76,6 +77,8 @@ def scan(
     N = chunks.k.shape[0]
     plans = [None] * N if threshold > 0 else _apart(_plan_all(memory, chunks))
     step = recomputed_of_tensors(_step) if recompute else _step
+    if _written_out(memory, chunks, threshold):
+        step = _mlp_step
     steps = []
     for chunk, plan in zip(_apart(chunks), plans, strict=True):
         steps.append(step(_own(memory), stacks, chunk, plan, mean, threshold))
@@ -109,6 +112,26 @@ def _plan_all(memory: Memory, chunks: Chunks) -> Plan:
     gates = (chunks.keep, chunks.eta, chunks.step, written)
     flat = [None if gate is None else gate.flatten(0, 1) for gate in gates]
     return Plan(*(t.unflatten(0, (N, X)) for t in memory.plan(chunks.k.flatten(0, 1), *flat)))
+
+
+def _written_out(memory: Memory, chunks: Chunks, threshold: float) -> bool:
+    """Whether the gradient of a chunk is that of `mlp_chunk`, which keeps only what goes in."""
+    return (
+        torch.is_grad_enabled()
+        and isinstance(memory, MLPMemory)
+        and chunks.q is not None
+        and threshold == 0
+    )
+
+
+def _mlp_step(
+    memory: MLPMemory, stacks: Stacks, chunk: Chunks, plan: Plan, mean: Tensor, threshold: float
+) -> Scan:
+    """As `_step`, for an MLP that writes every live token."""
+    y, after, norm = mlp_chunk(memory, stacks, chunk.q, chunk.k, chunk.v, plan)
+    heads = chunk.k.shape[0] // chunk.live.shape[0]
+    surprise = (chunk.step * norm).detach() * chunk.live.repeat_interleave(heads, 0)
+    return Scan(y, _of_closed(after, stacks, chunk.closed), surprise, chunk.live, mean)
 
 
 def _step(
@@ -154,11 +177,17 @@ def _chunk(
     y = None if q is None else memory.read(stacks, q, k, plan, errors, steps)
     if not advances:
         return y, stacks
-    after = memory.write(stacks, plan, errors, steps)
-    if not bool(closed.all()):
-        lanes = closed.repeat_interleave(k.shape[0] // closed.shape[0])[:, None, None]
-        after = tuple(torch.where(lanes, *pair) for pair in zip(after, stacks, strict=True))
-    return y, after
+    return y, _of_closed(memory.write(stacks, plan, errors, steps), stacks, closed)
+
+
+def _of_closed(after: Stacks, before: Stacks, closed: Tensor) -> Stacks:
+    """Stacks after a chunk that counts for the lanes `closed` [B] alone."""
+    if bool(closed.all()):
+        return after
+    if not bool(closed.any()):
+        return before
+    lanes = closed.repeat_interleave(before[0].shape[0] // closed.shape[0])[:, None, None]
+    return tuple(torch.where(lanes, *pair) for pair in zip(after, before, strict=True))
 
 
 def _select(surprise: Tensor, live: Tensor, mean: Tensor, threshold: float) -> Tensor:
