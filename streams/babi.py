@@ -39,6 +39,7 @@ ACTS = {
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 GOT_THERE = {"qa2": 1.0, "qa3": 0.2, "qa5": 1.0}  # share of the sentences that end in "there"
 LEFT_THERE = 0.2
+MIDDLE = 2 / 3  # of the sentences of qa4 that end in the room that both name
 BLOCK = 2  # events between two moments at which a question may come
 ASKED = {"qa1": 1.0, "qa2": 0.6, "qa3": 0.5, "qa5": 0.75}  # share of these, once there is one
 QUESTIONS = 5  # of a published story; the last one that is asked ends the story
@@ -219,7 +220,7 @@ def _rooms(draw: random.Random, cast: Cast) -> list[Event]:
     draw.shuffle(pairs)
     events, known = [], {}
     for number, (room, way, other) in enumerate(pairs):
-        if draw.random() < 0.5:
+        if (other == middle) == (draw.random() >= MIDDLE):
             room, way, other = other, OPPOSITE[way], room
         known |= {
             f"What is {way} of the {other}?": (room, number),
