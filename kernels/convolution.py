@@ -6,8 +6,11 @@ Source: the depthwise convolution after the projections of Titans, arXiv 2501.00
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def short_convolution(
@@ -36,10 +39,35 @@ def short_convolution(
     R = tail.shape[1]
     past = torch.cat([tail.to(x.dtype), x], 1)  # [B, R + T, D]
     taps = weight.to(x.dtype).t().contiguous()  # [R + 1, D]
-    # Shifted views with channels last beat a grouped conv1d on a CPU: no transpose, no im2col.
-    y = past[:, :T] * taps[0]
-    for j in range(1, R + 1):
-        y.addcmul_(past[:, j : j + T], taps[j])
+    y = _Taps.apply(past, taps)
     last = lengths[:, None] + torch.arange(R, device=x.device)  # rows of `past` that stay
     tail = past.gather(1, last[:, :, None].expand(B, R, D)).to(tail.dtype)
     return y, tail
+
+
+class _Taps(torch.autograd.Function):
+    """Sums of shifted views: channels last, they beat a grouped conv1d on a CPU (no im2col).
+
+    Autograd would fill a gradient of the whole of `past` for each tap, and add them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, past: Tensor, taps: Tensor) -> Tensor:
+        """past: [B, R + T, D]; taps: [R + 1, D]. Returns [B, T, D]."""
+        ctx.save_for_backward(past, taps)
+        T = past.shape[1] - len(taps) + 1
+        y = past[:, :T] * taps[0]
+        for j in range(1, len(taps)):
+            y.addcmul_(past[:, j : j + T], taps[j])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        past, taps = ctx.saved_tensors
+        d_past, d_taps = torch.zeros_like(past), torch.empty_like(taps)
+        for j in range(len(taps)):
+            shifted = slice(j, j + dy.shape[1])
+            d_past[:, shifted].addcmul_(dy, taps[j])
+            d_taps[j] = (dy * past[:, shifted]).sum((0, 1))
+        return d_past, d_taps

@@ -40,6 +40,8 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 GOT_THERE = {"qa2": 1.0, "qa3": 0.2, "qa5": 1.0}  # share of the sentences that end in "there"
 LEFT_THERE = 0.2
 MIDDLE = 2 / 3  # of the sentences of qa4 that end in the room that both name
+INVERSE = 0.5  # of its stories that are asked in both forms: were they all, only form and way
+# together would tell anything about an answer, and nothing is learned from such a parity
 BLOCK = 2  # events between two moments at which a question may come
 ASKED = {"qa1": 1.0, "qa2": 0.6, "qa3": 0.5, "qa5": 0.75}  # share of these, once there is one
 QUESTIONS = 5  # of a published story; the last one that is asked ends the story
@@ -218,13 +220,13 @@ def _rooms(draw: random.Random, cast: Cast) -> list[Event]:
     onward = draw.choice(sorted(OPPOSITE))  # where one comes going from first to last
     pairs = [(middle, onward, first), (last, onward, middle)]
     draw.shuffle(pairs)
+    inverse = draw.random() < INVERSE
     events, known = [], {}
     for number, (room, way, other) in enumerate(pairs):
         if (other == middle) == (draw.random() >= MIDDLE):
             room, way, other = other, OPPOSITE[way], room
-        known |= {
-            f"What is {way} of the {other}?": (room, number),
-            f"What is the {other} {OPPOSITE[way]} of?": (room, number),
-        }
+        known[f"What is {way} of the {other}?"] = room, number
+        if inverse:
+            known[f"What is the {other} {OPPOSITE[way]} of?"] = room, number
         events.append(Event(f"The {room} is {way} of the {other}.", room, dict(known)))
     return events
