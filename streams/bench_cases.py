@@ -31,6 +31,7 @@ from wakesleep.streams.quantities import rounded
 WINDOW_ONLY = tuple(WITHOUT)[-1]
 PACKAGES = {"titans-pytorch": "titans_pytorch", "flash-linear-attention": "fla"}
 FLA = "flash-linear-attention"
+NEEDS_GPU = "needs a GPU, and bench runs on the CPU"
 NOT_INSTALLED = "not installed: pip install wakesleep[bench]"
 
 
@@ -70,7 +71,7 @@ def _groups(config: BenchConfig, operation: str) -> list[Group]:
             twins = [Entry(name, f"{config.lanes} x {config.train_len:,}") for name in WITHOUT]
             return [Group(operation, twins[0].case, tuple(twins), (twins[-1],))]
         case "mac-prefill" | "mac-decode":
-            case = f"{rounded(config.prefill_len)} tokens"
+            case = f"{config.prefill_len:,} tokens"
             pair = [Entry(name, case) for name in (OURS, MAC) if _wanted(config, name)]
             return [Group(operation, case, tuple(pair), tuple(pair[1:]))]
         case "decode":
@@ -112,9 +113,9 @@ def skipped(entry: Entry) -> str | None:
     peer = peer_of(entry.implementation)
     if peer is None:
         return None
-    if importlib.util.find_spec(PACKAGES[peer]) is None:
-        return NOT_INSTALLED if peer != FLA else f"not installed: pip install {FLA}"
-    return "needs a GPU, and bench runs on the CPU" if peer == FLA else None
+    if peer == FLA:
+        return NEEDS_GPU
+    return NOT_INSTALLED if importlib.util.find_spec(PACKAGES[peer]) is None else None
 
 
 def peer_of(implementation: str) -> str | None:
@@ -129,7 +130,7 @@ def _layers(config, operation: str, shape: str, names, references) -> Group:
 
 
 def _one_shot(operation: str, names, size: int) -> Group:
-    case = f"{rounded(size)} tokens"
+    case = f"{size:,} tokens"
     entries = tuple(Entry(name, case, size) for name in names)
     return Group(operation, case, entries, (entries[1],))
 

@@ -110,8 +110,7 @@ def _report(study: Study, again: str, console: Console) -> int:
     faults = faults_of(data["rows"])
     words = [as_text(data["rows"]), ""]
     words += [f"page, picture, numbers: {typed(study.folder)}/bench.md, bench.png, bench.json"]
-    if not faults:
-        words += [f"next: wakesleep bench --again --output {typed(study.folder)}  measures anew"]
+    words += [f"measure anew: {again} --again"]
     console.result(data, "\n".join(words))
     for fault in faults:
         console.warn(fault)

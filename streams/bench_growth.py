@@ -68,7 +68,7 @@ def extrapolate(rows: Sequence[Row], position: int, *, straight: bool) -> dict[s
     """
     last = rows[-1]
     values = {"tokens_per_second": last["tokens_per_second"], "peak_bytes": last["peak_bytes"]}
-    if straight and len(rows) > 1:
+    if straight:
         first, per = rows[-2], position - last["position"]
         per /= last["position"] - first["position"]
         seconds = [1 / row["tokens_per_second"] for row in (first, last)]

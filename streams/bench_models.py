@@ -37,7 +37,6 @@ WITHOUT = {  # the last one is a plain transformer with a sliding window
 }
 ATTENTION_CALL = 256  # tokens of a turn of full attention behind a long context
 TAIL = 16  # tokens that the check of decoding reads one by one, over the end of a chunk
-READ = 16_384  # tokens that are really read before decoding begins far into a stream
 TOLERANCE = 1e-9  # of float64 logits
 
 
@@ -211,15 +210,14 @@ def _attention(config: BenchConfig, context: int, length: int) -> Contender:
 
 
 def _state_at(reader: Reader, position: int) -> StreamState:
-    """The state after `position` tokens; of more than `READ`, the last position is set, not read.
+    """The state after `position` tokens: once window and store are full, the position is set.
 
-    Nothing but the position grows with a stream: window and store are full at `READ` already.
+    Nothing but the position grows with a stream.
     """
-    chunk = reader.language_model.model.config.chunk
-    read = max(READ, fill_len(reader.language_model.model.config))
-    reader.read(min(position, read))
+    config = reader.language_model.model.config
+    reader.read(min(position, fill_len(config)))
     state = reader.runner.state
-    far = max(0, position - int(state.position)) // chunk * chunk
+    far = max(0, position - int(state.position)) // config.chunk * config.chunk
     return state._replace(position=state.position + far)
 
 

@@ -83,6 +83,8 @@ def _bars(ax: Axes, ratios: Sequence[tuple[str, float]]) -> None:
 
 def _curves(ax: Axes, rows: Sequence[Row], value: Callable[[Row], float], title: str) -> None:
     """One curve per implementation over what was read; hollow and dashed where extrapolated."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     _frame(ax, "both")
     ax.set_title(title, loc="left")
     if not rows:
@@ -102,7 +104,11 @@ def _curves(ax: Axes, rows: Sequence[Row], value: Callable[[Row], float], title:
     ax.set_yscale("log")
     ax.set_xlabel("tokens read before")
     ax.xaxis.set_major_formatter(lambda at, _: rounded(at))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(lambda at, _: f"{at:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    low, high = ax.get_ylim()
+    ax.set_ylim(low / 1.5, high * 1.5)
     ax.legend(frameon=False, fontsize=8)
 
 

@@ -53,7 +53,7 @@ def as_markdown(data: Mapping[str, Any], command: str) -> str:
         "# Benchmark",
         "",
         f"`{command}`, {data['date']}, commit {data['commit']}.",
-        f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, allocator: "
+        f"{machine['processor']}, threads: {machine['threads']}, {machine['dtype']}, allocator: "
         f"{machine['allocator']}, {machine['system']}, Python {machine['python']}, torch "
         f"{machine['torch']}, {', '.join(packages)}.",
         "",
@@ -111,7 +111,8 @@ def ratio_text(row: Row) -> str:
     if to is None:
         return ""
     name = to["implementation"]
-    return f"{to['ratio']:.2f} x " + (to["case"] if name == row["implementation"] else name)
+    ratio = f"{to['ratio']:.2f}" if to["ratio"] >= 0.01 else f"{to['ratio']:.1g}"
+    return f"{ratio} x " + (to["case"] if name == row["implementation"] else name)
 
 
 def _figures(rate: float) -> str:

@@ -72,8 +72,8 @@ def completed(measured: list[Row], config: BenchConfig) -> list[Row]:
 
 def _beyond(measured: list[Row], config: BenchConfig) -> list[Row]:
     """Rows of one implementation at the positions behind the last one that was measured."""
-    if not measured:
-        return []
+    if not measured or (len(measured) == 1 and measured[0]["implementation"] == ATTENTION):
+        return []  # one point makes no line
     name, first, rows = measured[0]["implementation"], measured[0], []
     for position in config.positions:
         if position > measured[-1]["position"]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from wakesleep.streams.bench_cases import Group, groups, skipped
+from wakesleep.streams.bench_cases import PACKAGES, Group, groups, skipped
 from wakesleep.streams.bench_config import BenchConfig, Operation
 from wakesleep.streams.bench_machine import commit_of, describe
 from wakesleep.streams.bench_models import OURS
@@ -19,12 +20,13 @@ from wakesleep.streams.bench_work import Told, measure
 from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.language_model import load_language_model
-from wakesleep.streams.snapshot import locked
+from wakesleep.streams.snapshot import LOCK, locked
 from wakesleep.ttl.config_json import parse_json
 from wakesleep.ttl.files import open_regular, write_atomically
 
 RECORD = "bench.json"
 MAX_BYTES = 1 << 24
+KEYS = {"operation", "group", "implementation", "case", "equal"}  # that rows are found by
 
 
 class Study:
@@ -51,8 +53,8 @@ class Study:
         }
         self.rows: list[Row] = []
         self.date = ""  # of the last measurement
-        before = _read(folder)
-        if before is not None and not again:
+        before = None if _is_free(folder) or again else _read(folder)
+        if before is not None:
             _compare(folder, before, self.about)
             self.rows = [row for row in before["rows"] if not row.get("extrapolated")]
             self.date = before["date"]
@@ -74,7 +76,7 @@ class Study:
         return self.results()
 
     def _carry_out(self, begun: Callable[[int, Group], None], told: Told) -> None:
-        modules = ["wakesleep.streams.bench_study", "titans_pytorch"]
+        modules = ["wakesleep.streams.bench_study", *PACKAGES.values()]
         if "model-training" in self.config.operations:
             modules.append("wakesleep.streams.training")
         processes = Processes(modules)
@@ -114,13 +116,25 @@ def _belongs(row: Row, group: Group) -> bool:
     return (row["operation"], row["group"]) == (group.operation, group.name)
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    if not (folder / RECORD).exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise Refused(f"{folder} holds something else", "", "choose another --output")
-        return None
+def _is_free(folder: Path) -> bool:
+    """Whether the folder is new or empty; it is refused if it holds something else."""
+    if (folder / RECORD).exists():
+        return False
+    if folder.exists() and (not folder.is_dir() or set(os.listdir(folder)) - {LOCK}):
+        raise Refused(f"{folder} holds something else", "", "choose another --output")
+    return True
+
+
+def _read(folder: Path) -> dict[str, Any]:
     with open_regular(folder / RECORD, MAX_BYTES) as file:
-        return parse_json(file.read(), RECORD)
+        found = parse_json(file.read(), RECORD)
+    try:
+        whole = all(KEYS <= row.keys() for row in found["rows"]) and "date" in found
+    except (TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise Refused(f"{folder / RECORD} is no benchmark", "", "--again measures anew")
+    return found
 
 
 def _compare(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
