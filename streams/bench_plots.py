@@ -87,6 +87,7 @@ def _curves(ax: Axes, rows: Sequence[Row], value: Callable[[Row], float], title:
 
     _frame(ax, "both")
     ax.set_title(title, loc="left")
+    rows = [row for row in rows if value(row)]  # a logarithmic axis has no 0
     if not rows:
         _nothing(ax)
         return
