@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
 from wakesleep.streams.stopping import Stopped, StopSignals, leave_at_signals
 
 POLL = 0.2  # seconds between two looks at the signals
-WHERE_KILLED = "its process was killed: more memory than is free?"
+KILLED = "its process was killed: more memory than is free?"
 
 
 class Failed(RuntimeError):
@@ -30,6 +32,9 @@ class Processes:
         self._context = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             self._context.set_forkserver_preload(list(modules))
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for us
+            forkserver.ensure_running()
+            signal.signal(signal.SIGINT, before)
 
     def run(self, function: Callable[..., Any], *arguments: Any, told: Callable[[str], None]):
         """Return function(*arguments, told), called in a process of its own.
@@ -43,15 +48,18 @@ class Processes:
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_serve, args=(theirs, function, arguments))
         with StopSignals() as stop:
-            process.start()
-            theirs.close()
             try:
+                process.start()
+                theirs.close()
                 return _result(ours, told, stop)
             except EOFError:
-                raise Failed(WHERE_KILLED) from None
+                if stop.number is not None:  # Ctrl-C reaches both processes
+                    raise Stopped(stop.number) from None
+                raise Failed(KILLED) from None
             finally:
-                process.kill()
-                process.join()
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
                 ours.close()
 
 

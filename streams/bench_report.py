@@ -13,7 +13,7 @@ ABOUT = {
     "memory-streaming": "a memory layer reads a stream in calls with carried state, float32",
     "memory-training": "forward and backward pass of a memory layer over one sequence, float32",
     "model-streaming": "a model reads the document as `wakesleep stream` does, its store full; "
-    "full attention behind a context of noise",
+    "full attention in calls of 256 tokens behind a context of noise",
     "model-training": "a step of `wakesleep train`, optimiser included, the store full",
     "mac-prefill": "one call of a model that has read nothing, float32",
     "mac-decode": "single tokens behind that call, float32",

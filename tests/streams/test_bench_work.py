@@ -1,6 +1,7 @@
 """Nothing is timed that computes something else; turns are fair, and memory is a process's own."""
 
-import sys
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from wakesleep.streams.bench_process import Failed, Processes
 from wakesleep.streams.bench_rows import faults_of
 from wakesleep.streams.bench_training import training_model
 from wakesleep.streams.language_model import load_language_model
+from wakesleep.streams.stopping import Stopped
 
 TINY = {"shapes": ("2x6",), "chunk": 6, "tokens": 32, "repeats": 2, "warmup": 1, "peers": ()}
 TINY |= {"train_len": 32, "lanes": 2, "positions": (16, 40, 1000), "longest": 40}
@@ -234,10 +236,13 @@ def _fail(told):
 
 
 def _vanish(told):
-    import os
-    import signal
-
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _interrupt(parent, told):
+    """As Ctrl-C, which reaches both processes."""
+    os.kill(parent, signal.SIGINT)
+    os._exit(130)
 
 
 def test_memory_is_that_of_a_process_alone_and_its_end_is_told(processes):
@@ -248,4 +253,6 @@ def test_memory_is_that_of_a_process_alone_and_its_end_is_told(processes):
         processes.run(_fail, told=quiet)
     with pytest.raises(Failed, match="was killed"):
         processes.run(_vanish, told=quiet)
-    assert sys.modules["torch"]
+    with pytest.raises(Stopped) as stopped:
+        processes.run(_interrupt, os.getpid(), told=quiet)
+    assert stopped.value.number == signal.SIGINT
