@@ -65,8 +65,12 @@ def completed(measured: list[Row], config: BenchConfig) -> list[Row]:
             more = row["peak_bytes"] - half["peak_bytes"]
             row["bytes_per_token"] = more / (row["position"] - half["position"])
     for name in (OURS, ATTENTION):
-        grown = [row for row in rows if row["operation"] == "growth" and _is_whole(row)]
-        rows += _beyond([row for row in grown if row["implementation"] == name], config)
+        grown = [
+            row for row in rows if (row["operation"], row["implementation"]) == ("growth", name)
+        ]
+        if grown:
+            behind = rows.index(grown[-1]) + 1
+            rows[behind:behind] = _beyond([row for row in grown if _is_whole(row)], config)
     return rows
 
 

@@ -48,6 +48,7 @@ def test_beyond_what_was_measured_ours_stays_and_full_attention_follows_a_line()
     assert (ours["tokens_per_second"], ours["peak_bytes"]) == (50, 10_000)
     assert 1 / attention["tokens_per_second"] == pytest.approx(0.02 + 0.01 * 90_000 / 9_000)
     assert attention["peak_bytes"] == 100_000 and attention["position"] == 100_000
+    assert completed(rows, config)[2] == ours and completed(rows, config)[-1] == attention
     assert ours["ratio_to"]["ratio"] == 0.5 and ours["case"] == "after 100k"
     one = [row for row in rows if row["position"] == 1_000]
     beyond = [r["implementation"] for r in completed(one, config) if r.get("extrapolated")]
