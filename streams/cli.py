@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from wakesleep.streams import (
     ask_command,
+    bench_command,
     doctor_command,
     sleep_command,
     stream_command,
@@ -36,9 +37,10 @@ COMMANDS = {
     "sleep": sleep_command,
     "train": train_command,
     "tune": tune_command,
+    "bench": bench_command,
     "doctor": doctor_command,
 }
-HEAVY = {"stream", "ask", "sleep", "train", "tune"}  # they gain from another allocator
+HEAVY = {"stream", "ask", "sleep", "train", "tune", "bench"}  # they gain from another allocator
 FLAGS = {
     "--session": {"metavar": "DIR"},
     "--output": {"metavar": "DIR"},
@@ -51,6 +53,7 @@ FLAGS = {
     "--debug": {"action": "store_true"},
     "--print-config": {"action": "store_true"},
     "--dry-run": {"action": "store_true"},
+    "--quick": {"action": "store_true"},
 }
 LEADS = ("wakesleep: ", "  ", "  ")  # of the lines of a message: there are no more
 LINE_WIDTH = 300  # a path or a message of somebody else's may be endless

@@ -26,6 +26,7 @@ FLAGS = {  # a new flag is a promise: add it here with the one who needs it
     "sleep": "--json --quiet --debug",
     "train": "--output --resume --json --quiet --debug --print-config --dry-run",
     "tune": "--output --workers --json --quiet --debug --print-config --dry-run",
+    "bench": "--output --quick --again --json --quiet --debug --print-config",
     "doctor": "--json --quiet --debug",
 }
 
