@@ -30,7 +30,7 @@ def short_convolution(
     Returns:
         y [B, T, D] and the tail after the call [B, R, D].
     """
-    B, T, D = x.shape
+    B, _, D = x.shape
     if weight.shape[0] != D or tail.shape != (B, weight.shape[1] - 1, D):
         raise ValueError(
             f"weight [D, R + 1] and tail [B, R, D] must fit x {tuple(x.shape)}, got "

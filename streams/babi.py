@@ -14,7 +14,7 @@ Source: Weston et al., "Towards AI-Complete Question Answering", arXiv 1502.0569
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 GOT_THERE = {"qa2": 1.0, "qa3": 0.2, "qa5": 1.0}  # share of the sentences that end in "there"
 LEFT_THERE = 0.2
 MIDDLE = 2 / 3  # of the sentences of qa4 that end in the room that both name
+TURNED = 0.5  # of those about other ways than the four: way and room first, as they are asked for
 INVERSE = 0.5  # of its stories that are asked in both forms: were they all, only form and way
 # together would tell anything about an answer, and nothing is learned from such a parity
 BLOCK = 2  # events between two moments at which a question may come
@@ -54,20 +55,23 @@ class Cast(NamedTuple):
     people: Sequence[str]
     places: Sequence[str]
     things: Sequence[str]
+    ways: Mapping[str, str]  # and their opposites
 
 
 def own_cast(task: str) -> Cast:
     """Those of the published data."""
-    return Cast(GIVERS if task == "qa5" else PEOPLE, PLACES, THINGS)
+    return Cast(GIVERS if task == "qa5" else PEOPLE, PLACES, THINGS, OPPOSITE)
 
 
 def open_cast(draw: random.Random, words: Words) -> Cast:
     """As many of each from a large vocabulary."""
     own = own_cast("qa1")
+    way, back = draw.sample(words.adjectives, 2)
     return Cast(
         draw.sample(words.first_names, len(own.people)),
         draw.sample(words.nouns, len(own.places)),
         draw.sample(words.animals, len(own.things)),
+        {way: back, back: way},
     )
 
 
@@ -92,7 +96,8 @@ def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float
         before, task, events = len(page.pieces), *_draw_story(draw, tasks, words, open_share)
         sources = [page.say(page.used, event.text, event.named) for event in events]
         known = events[-1].known
-        for question in draw.sample(sorted(known), min(len(known), draw.randint(1, 3))):
+        most = 1 if task == "qa4" else draw.randint(1, 3)  # of two rooms, one rules out the other
+        for question in draw.sample(sorted(known), min(len(known), most)):
             answer, told = known[question]
             page.ask(page.used, question, answer, sources[told], task)
         if page.used > page.length:
@@ -217,16 +222,19 @@ class _World:
 def _rooms(draw: random.Random, cast: Cast) -> list[Event]:
     """Three rooms in a line; what is asked about one sentence is its first room."""
     first, middle, last = draw.sample(list(cast.places), 3)
-    onward = draw.choice(sorted(OPPOSITE))  # where one comes going from first to last
+    onward = draw.choice(sorted(cast.ways))  # where one comes going from first to last
     pairs = [(middle, onward, first), (last, onward, middle)]
     draw.shuffle(pairs)
-    inverse = draw.random() < INVERSE
+    inverse = cast.ways == OPPOSITE and draw.random() < INVERSE  # others nobody can know
     events, known = [], {}
     for number, (room, way, other) in enumerate(pairs):
         if (other == middle) == (draw.random() >= MIDDLE):
-            room, way, other = other, OPPOSITE[way], room
+            room, way, other = other, cast.ways[way], room
         known[f"What is {way} of the {other}?"] = room, number
         if inverse:
-            known[f"What is the {other} {OPPOSITE[way]} of?"] = room, number
-        events.append(Event(f"The {room} is {way} of the {other}.", room, dict(known)))
+            known[f"What is the {other} {cast.ways[way]} of?"] = room, number
+        text = f"The {room} is {way} of the {other}."
+        if cast.ways != OPPOSITE and draw.random() < TURNED:
+            text = f"To the {way} of the {other} is the {room}."
+        events.append(Event(text, room, dict(known)))
     return events
