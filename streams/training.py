@@ -104,6 +104,8 @@ class StreamModule(lightning.LightningModule):
             loss = loss + admission.weight * self._teach(read, batch)
         self._failed = self._failed or self._fault(loss, tokens, read)
         self._count(self.means, tokens, read, batch, draw)
+        if self._trainer is not None:  # there is none where a step alone is called
+            self.log("loss", tokens.loss.detach(), prog_bar=True)
         self._gates.add_to(self.means)
         add_health(self.means, read.state, read.surprise)
         if self.config.train.sleep_drop:  # on every rank, or those that wait would wait for ever

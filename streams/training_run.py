@@ -22,10 +22,10 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from wakesleep.streams.bar import on_terminal
 from wakesleep.streams.config import flat, load_config, to_yaml
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.stopping import Stopped, StopSignals
@@ -33,6 +33,7 @@ from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
 from wakesleep.streams.training_loggers import open_loggers
 from wakesleep.streams.training_metrics import counted, line, measured
+from wakesleep.streams.training_progress import StepBar
 from wakesleep.ttl.config_json import parse_json
 from wakesleep.ttl.files import write_atomically
 from wakesleep.ttl.flops import token_flops
@@ -136,7 +137,7 @@ class RunFolder(lightning.Callback):
 
     def _say(self, module, text: str) -> None:
         if not self.quiet:
-            module.print(text, file=sys.stderr, flush=True)
+            module.print(text, file=sys.stderr)
 
     def _due(self, step: int, module) -> bool:
         if self.config.train.save_every is None:
@@ -253,10 +254,10 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     given = dict(config.trainer)
-    bar = given.pop("enable_progress_bar", sys.stderr.isatty() and not folder.quiet)
+    bar = given.pop("enable_progress_bar", on_terminal() and not folder.quiet)
     callbacks: list[lightning.Callback] = [folder]
-    if bar:  # chosen here: Lightning would take Rich's wherever rich is installed
-        callbacks.append(TQDMProgressBar(refresh_rate=10))
+    if bar:
+        callbacks.append(StepBar(config))
     settings = {
         "max_steps": config.total_steps,
         "max_epochs": -1,
@@ -269,6 +270,7 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
         "enable_model_summary": False,
         "enable_progress_bar": bar,
         "num_sanity_val_steps": 0,
+        "log_every_n_steps": 0,  # loggers get the lines of metrics.csv
         "default_root_dir": str(folder.folder),
     }
     settings |= given
