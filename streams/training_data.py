@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from wakesleep.streams.depo import Depo
 from wakesleep.streams.mixture import Mixture
 from wakesleep.streams.mqar import MQAR
+from wakesleep.streams.stopping import SIGNALS
 from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.training_batch import Answers, Batch
 from wakesleep.streams.training_config import TrainConfig
@@ -104,13 +106,21 @@ class LaneLoader:
 
     def _ahead(self, numbers: range) -> DataLoader:
         given = {"batch_size": None, "num_workers": self.workers}
-        return DataLoader(Numbered(self.source), sampler=numbers, **given)
+        return DataLoader(
+            Numbered(self.source), sampler=numbers, worker_init_fn=_leave_signals, **given
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {"cursor": self.cursor}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.cursor = state["cursor"]
+
+
+def _leave_signals(worker: int) -> None:
+    """Go on at a signal to the whole group: the trainer saves first, and ends its workers then."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StreamDataModule(lightning.LightningDataModule):
