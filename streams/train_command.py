@@ -93,6 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
         console.warn(f"stopped and saved; go on with: {_again(arguments)}")
         raise
     console.result(result, _ending(result, output))
+    if result["steps"] < steps:
+        early = f"a limit of trainer.* ended it before step {steps:,}"
+        console.warn(f"{early}; raise that and go on with: {_again(arguments)}")
     return 0
 
 

@@ -78,6 +78,7 @@ class StreamModule(lightning.LightningModule):
         self.ranks = ALONE
         self._gates, self._key_spaces = GateMeans(self.model), KeySpaces(self.model)
         self._failed: TrainingFailed | None = None  # in this step; raised when all ranks know
+        self._ending = False  # somebody ends the run behind this step
         self._rng: dict[str, Any] | None = None  # of a checkpoint, until training starts
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -150,6 +151,12 @@ class StreamModule(lightning.LightningModule):
     def on_after_backward(self) -> None:
         """From the next step on, queries and keys are seen by what this one has shown."""
         self._key_spaces.follow()
+
+    def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
+        """Let whoever ends the run wait for the step: no checkpoint has half of its gradient."""
+        trainer, whole = self.trainer, (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        self._ending = self._ending or trainer.should_stop
+        trainer.should_stop = self._ending and (whole or trainer.is_last_batch)
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None

@@ -58,7 +58,7 @@ class RunFolder(lightning.Callback):
         self.signals = StopSignals()
         self._step = 0  # last one that was seen
         self._mark = (0.0, 0)  # clock and step of the last line
-        self._saved = 0.0  # clock of the last checkpoint
+        self._saved = (0.0, 0)  # clock and step of the last checkpoint
         kinds = answer_kinds(config)
         validated = [f"val_{name}" for name in measured(kinds)]
         self._columns = [*COLUMNS, *counted(kinds), *validated]
@@ -97,14 +97,15 @@ class RunFolder(lightning.Callback):
         return {"output": str(self.folder), "steps": step, "model_sha256": sha256, **self._record()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "seconds": self.seconds}
+        since = time.monotonic() - self._mark[0]  # the last line
+        return {"best": self.best, "seconds": self.seconds + since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.seconds = state["best"], state["seconds"]
 
     def on_train_start(self, trainer, module) -> None:
         self._step = step = trainer.global_step
-        self._mark, self._saved = (time.monotonic(), step), time.monotonic()
+        self._mark = self._saved = (time.monotonic(), step)
         self.signals.take_over()  # Lightning has put up its own
         if not trainer.is_global_zero:
             return
@@ -112,7 +113,8 @@ class RunFolder(lightning.Callback):
         write_atomically(
             self.folder / "run.json", json.dumps({"resumed_at": resumed}).encode() + b"\n"
         )
-        self._cut_metrics(step)
+        behind = not module.means.weights.any()  # was the checkpoint made behind its line?
+        self._cut_metrics(step if behind else step - 1)
         if step:
             where = f"{self.folder}: going on at step {step:,} of {self.config.total_steps:,}"
             self._say(module, f"{where}; Ctrl-C saves and stops")
@@ -135,13 +137,19 @@ class RunFolder(lightning.Callback):
         if stop:
             raise Stopped(self.signals.number or signal.SIGTERM)
 
+    def on_train_end(self, trainer, module) -> None:
+        """Keep what was trained where Lightning ends a run early: max_time, max_epochs and such."""
+        if self._step != self._saved[1]:
+            self._save(trainer, module)  # first: a resumed run writes the lines of a whole one
+            self._report(trainer, module, validate=False)
+
     def _say(self, module, text: str) -> None:
         if not self.quiet:
             module.print(text, file=sys.stderr)
 
     def _due(self, step: int, module) -> bool:
         if self.config.train.save_every is None:
-            late = time.monotonic() - self._saved >= SAVE_SECONDS
+            late = time.monotonic() - self._saved[0] >= SAVE_SECONDS
             return module.ranks.any(late, module.device)
         return step % self.config.train.save_every == 0
 
@@ -187,7 +195,7 @@ class RunFolder(lightning.Callback):
         """Replace the checkpoint, then the model folder `last`."""
         scratch = self.checkpoint.with_name(".last.ckpt.new")
         trainer.save_checkpoint(scratch)  # by all processes; the first one writes
-        self._saved = time.monotonic()
+        self._saved = (time.monotonic(), self._step)
         if not trainer.is_global_zero:
             return
         with open(scratch, "rb+") as file:

@@ -1,6 +1,7 @@
 """Every way to end a run early leaves a checkpoint, and the run goes on from it bit for bit."""
 
 import csv
+import json
 import multiprocessing
 import os
 import subprocess
@@ -8,6 +9,7 @@ import subprocess
 import pytest
 import torch
 
+from wakesleep.streams import cli
 from wakesleep.streams.config import load_config
 from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.train_command import find_recipe
@@ -51,7 +53,7 @@ def at_step(monkeypatch, number, action):
 
     def step(self, batch, batch_idx):
         if batch.cursor == number:
-            action()
+            action(self)
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(StreamModule, "training_step", step)
@@ -60,7 +62,7 @@ def at_step(monkeypatch, number, action):
 def test_a_signal_to_the_whole_group_is_the_trainers_to_obey(tmp_path, monkeypatch):
     """`timeout` and schedulers send it to the processes that make batches as well."""
 
-    def end_all():
+    def end_all(_):
         workers = multiprocessing.active_children()
         assert len(workers) == 2
         pids = [str(pid) for pid in (*(worker.pid for worker in workers), os.getpid())]
@@ -72,3 +74,34 @@ def test_a_signal_to_the_whole_group_is_the_trainers_to_obey(tmp_path, monkeypat
     train(recipe(), tmp_path / "cut", resume=True)
     train(recipe(), tmp_path / "whole")
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_lightning_ends_is_saved_behind_its_step(tmp_path, monkeypatch, accumulate):
+    words = [f"trainer.accumulate_grad_batches={accumulate}"]
+    middle = 3 * accumulate - accumulate  # the first batch of the third step
+
+    def stop(module):
+        module.trainer.should_stop = True
+
+    with monkeypatch.context() as patch:
+        at_step(patch, middle, stop)
+        assert train(recipe(*words), tmp_path / "cut")["steps"] == 3
+    assert [row["step"] for row in rows(tmp_path / "cut")] == ["2", "3"]
+    assert "for 3 steps" in (tmp_path / "cut" / "last" / "README.md").read_text()
+    train(recipe(*words), tmp_path / "cut", resume=True)
+    train(recipe(*words), tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["resumed_at"] == [3]
+
+
+def test_a_limit_of_lightning_keeps_what_was_trained_and_says_how_to_go_on(tmp_path, capsys):
+    words = ["train", "tiny.yaml", *WORDS, "--output", str(tmp_path / "run")]
+    assert cli.main([*words, "trainer.max_epochs=1", "trainer.limit_train_batches=3"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("3 steps trained") and "trainer.* ended it before step 6; raise" in err
+    assert err.splitlines()[-1].endswith("--resume")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert cli.main([*words, "trainer.limit_train_batches=3", "--resume"]) == 0
+    train(recipe(), tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
