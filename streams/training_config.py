@@ -114,7 +114,8 @@ class StepConfig:
         _require(
             self.save_every is None or self.save_every > 0, "save_every", "above 0", self.save_every
         )
-        for name in ("steps", "lanes", "sequence_len", "segments_per_step"):
+        counts = ("steps", "lanes", "sequence_len", "segments_per_step", "validation_batches")
+        for name in counts:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         _require(self.log_every > 0, "log_every", "above 0", self.log_every)
         _require(self.validate_every >= 0, "validate_every", "at least 0", self.validate_every)

@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -174,8 +175,9 @@ class RunFolder(lightning.Callback):
             with trainer.precision_plugin.forward_context():
                 found, sample = module.evaluate(self.validation, train.validation_batches)
             row |= {f"val_{name}": value for name, value in found.items()}
-            if self.best is None or row["val_loss"] < self.best:
-                self.best = row["val_loss"]
+            loss = row["val_loss"]
+            if math.isfinite(loss) and (self.best is None or loss < self.best):
+                self.best = loss
                 if trainer.is_global_zero:
                     self._save_model("best", module.model, step)
         self._mark = (time.monotonic(), step)
