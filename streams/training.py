@@ -8,9 +8,7 @@
 from __future__ import annotations
 
 import math
-import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,9 +217,9 @@ class StreamModule(lightning.LightningModule):
         """
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None or saved["version"] != VERSION:
-            raise Refused("this checkpoint was not written by this version of `wakesleep train`")
+            raise Refused("it was not written by this version of `wakesleep train`")
         if saved["model"] != as_dict(self.config.model):
-            raise Refused("this checkpoint belongs to a model with another config")
+            raise Refused("it belongs to a model with another config")
         self.cursor, self._rng = saved["cursor"], saved["rng"]
         for sums, kept in zip((self.means.sums, self.means.weights), saved["means"], strict=True):
             sums.copy_(kept if self.ranks.rank == 0 else torch.zeros_like(kept))
@@ -352,10 +350,7 @@ class Run(NamedTuple):
         checkpoint = self.folder.open(write=first)
         with warnings.catch_warnings(), self.folder.signals:
             warnings.simplefilter("ignore")  # Lightning's advice on what we do not have
-            try:
-                self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
-            except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-                raise Refused(f"{checkpoint} is no checkpoint of this program") from error
+            self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
         return self.folder.close(self.module.model, self.trainer.global_step) if first else {}
 
 
@@ -379,7 +374,7 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
     make_optimizer(module.model, config.optim)  # one that cannot be is refused here
     Ranks(trainer.global_rank, trainer.world_size).check(config.train.lanes)
     if trainer.is_global_zero:  # the others begin when it has made the folder
-        folder.check(resume)
+        folder.check(module, resume)
     return Run(module, data, trainer, folder)
 
 

@@ -29,19 +29,24 @@ from torch import nn
 from wakesleep.streams.bar import on_terminal
 from wakesleep.streams.config import flat, load_config, to_yaml
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.optimizers import make_optimizer
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
 from wakesleep.streams.training_loggers import open_loggers
 from wakesleep.streams.training_metrics import counted, line, measured
 from wakesleep.streams.training_progress import StepBar
-from wakesleep.ttl.config_json import parse_json
+from wakesleep.streams.training_resume import (
+    compare_settings,
+    read_checkpoint,
+    read_lines,
+    read_record,
+    unusable,
+)
 from wakesleep.ttl.files import write_atomically
 from wakesleep.ttl.flops import token_flops
 from wakesleep.ttl.model_io import model_sha256, save_model
 
-# may change on resume
-FREE = ("train.save_every", "train.log_every", "threads", "device", "logger", "data.workers")
 COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "flops_per_second", "lr")
 TRAINING_FLOPS = 3  # forward and backward pass, of a forward pass; nothing computed again
 SAVE_SECONDS = 300.0  # between checkpoints where no number of steps is given
@@ -69,11 +74,12 @@ class RunFolder(lightning.Callback):
     def checkpoint(self) -> Path:
         return self.folder / "checkpoints" / "last.ckpt"
 
-    def check(self, resume: bool) -> None:
+    def check(self, module: lightning.LightningModule, resume: bool) -> None:
         """See whether the folder can be made or taken up.
 
         Raises:
-            Refused: it holds a run and `resume` is false, or a run with other settings.
+            Refused: it holds a run and `resume` is false, or a run with other settings, or a file
+                of it is damaged.
         """
         saved = self.folder / "config.yaml"
         if saved.exists() or self.checkpoint.exists():
@@ -81,8 +87,11 @@ class RunFolder(lightning.Callback):
                 remedy = "Go on with it by --resume, or choose another --output."
                 raise Refused(f"{self.folder} holds a run", "", remedy)
             if saved.exists():
-                self._compare(load_config(TrainConfig, saved)[0])
+                compare_settings(load_config(TrainConfig, saved)[0], self.config, self.folder)
         self._record()
+        read_lines(self.folder / "metrics.csv")
+        if self.checkpoint.exists():
+            self._try_checkpoint(module)
 
     def open(self, *, write: bool = True) -> Path | None:
         """Make or take up the folder; return the checkpoint to go on from, None at the start."""
@@ -217,37 +226,30 @@ class RunFolder(lightning.Callback):
             "All settings:\n\n```yaml\n" + to_yaml(self.config) + "```\n"
         )
 
-    def _compare(self, old: TrainConfig) -> None:
-        before, now = flat(old), flat(self.config)
-        for key in sorted(before.keys() | now.keys()):
-            free = key in FREE or key.partition(".")[0] == "trainer"
-            if not free and before.get(key) != now.get(key):
-                raise Refused(
-                    f"{key} is {before.get(key)} in the run and {now.get(key)} now",
-                    str(self.folder),
-                    "Resume with the run's value, or choose another --output.",
-                )
+    def _try_checkpoint(self, module) -> None:
+        """Take it up as Lightning will, once more, when training starts."""
+        saved = read_checkpoint(self.checkpoint)
+        try:
+            module.on_load_checkpoint(saved)
+            module.load_state_dict(saved["state_dict"])
+            optimizer = make_optimizer(module.model, self.config.optim)
+            optimizer.load_state_dict(saved["optimizer_states"][0])
+            self.load_state_dict(saved["callbacks"][self.state_key])
+        except Refused as error:
+            raise unusable(self.checkpoint, str(error)) from error
+        except Exception as error:  # of a file with the right parts, anything may be wrong in them
+            raise unusable(self.checkpoint, f"{type(error).__name__} in it") from error
 
     def _record(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
-        if not path.exists():
-            return {"resumed_at": []}
-        record = parse_json(path.read_bytes(), str(path))
-        if type(record) is not dict or type(record.get("resumed_at")) is not list:
-            raise Refused(f"{path} has no list resumed_at", "", "move the file away")
-        return record
+        return read_record(self.folder / "run.json")
 
     def _cut_metrics(self, step: int) -> None:
         """Keep the lines up to `step`; what came after the checkpoint will come again."""
         path = self.folder / "metrics.csv"
-        kept = []
-        if path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(row for row in read_lines(path) if int(row["step"]) <= step)
         write_atomically(path, text.getvalue().encode())
 
 

@@ -1,10 +1,14 @@
 """What cannot work is refused before anything is written, by the name of its key."""
 
+import shutil
+
 import pytest
+import torch
 
 from wakesleep.streams.config import load_config
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.train_command import find_recipe
+from wakesleep.streams.training import train
 from wakesleep.streams.training_config import TrainConfig
 
 WORDS = ["train.steps=2", "train.lanes=2", "train.validate_every=0", "threads=1"]
@@ -23,3 +27,101 @@ def recipe(*words: str) -> TrainConfig:
 def test_settings_out_of_bounds_are_refused(word, message):
     with pytest.raises(Refused, match=message):
         recipe(word)
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(recipe(), folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, _trained):
+    return shutil.copytree(_trained, tmp_path / "run")
+
+
+def files(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(folder, message, *words):
+    """Nothing is changed, and it takes three lines at most."""
+    before = files(folder)
+    with pytest.raises(Refused, match=message) as refusal:
+        train(recipe(*words), folder, resume=True)
+    assert files(folder) == before
+    assert len(str(refusal.value).splitlines()) <= 3 and "ickle" not in str(refusal.value)
+
+
+def without(*parts):
+    """Take a part out of what a checkpoint holds."""
+
+    def change(saved):
+        for part in parts[:-1]:
+            saved = saved[part]
+        del saved[parts[-1]]
+
+    return change
+
+
+def flip(data: bytes) -> bytes:
+    return data[:3000] + bytes([data[3000] ^ 255]) + data[3001:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: b"hello world\n" * 50,
+        flip,
+    ],
+    ids=["cut off", "empty", "text", "flipped"],
+)
+def test_a_damaged_checkpoint_is_refused(run, damage):
+    path = run / "checkpoints" / "last.ckpt"
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused(run, r"last\.ckpt is no checkpoint of this run\nit is damaged")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("wakesleep"), "not written by this version"),
+        (without("wakesleep", "version"), "KeyError"),
+        (without("state_dict"), "it has no state_dict"),
+        (without("optimizer_states"), "it has no optimizer_states"),
+        (without("callbacks", "RunFolder"), "KeyError"),
+        (lambda s: s["wakesleep"].update(means=[torch.zeros(3)] * 2), "RuntimeError"),
+        (lambda s: s["state_dict"].popitem(), "RuntimeError"),
+        (lambda s: s["wakesleep"]["model"].update(dim=48), "a model with another config"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_refused(run, change, message):
+    path = run / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+    assert_refused(run, rf"last\.ckpt is no checkpoint of this run\n.*{message}")
+
+
+def test_other_things_in_the_place_of_a_checkpoint_are_refused(run):
+    path = run / "checkpoints" / "last.ckpt"
+    torch.save([1, 2], path)
+    assert_refused(run, "it has no state_dict")
+    path.unlink()
+    path.mkdir()
+    assert_refused(run, "it is damaged")
+
+
+def test_a_refused_resume_leaves_the_folder_to_the_right_one(run):
+    (run / "config.yaml").unlink()
+    assert_refused(run, "another config", "model.dim=48")
+    assert train(recipe(), run, resume=True)["steps"] == 2
+
+
+@pytest.mark.parametrize("text", ["garbage\n1,2,3\n", "step,tokens\nabc,1\n", "step,x\n1,\0\n,"])
+def test_damaged_metrics_are_refused(run, text):
+    (run / "metrics.csv").write_text(text)
+    assert_refused(run, r"metrics\.csv is not what this program writes")
