@@ -37,8 +37,9 @@ from wakesleep.streams.training_draws import Blind, Draw, draw_blind, draw_step,
 from wakesleep.streams.training_health import GateMeans, add_health
 from wakesleep.streams.training_key_space import KeySpaces
 from wakesleep.streams.training_metrics import Means, add_answers, add_losses, counted, measured
-from wakesleep.streams.training_run import RunFolder, make_trainer
+from wakesleep.streams.training_run import RunFolder
 from wakesleep.streams.training_samples import sample_answer
+from wakesleep.streams.training_trainer import make_trainer
 from wakesleep.streams.unroll import TokenLoss, Unrolled, last_stored, next_token_loss, unroll
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.model_io import load_model

@@ -11,31 +11,24 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import math
 import os
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from wakesleep.streams.bar import on_terminal
 from wakesleep.streams.config import flat, load_config, to_yaml
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.optimizers import make_optimizer
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
-from wakesleep.streams.training_loggers import open_loggers
 from wakesleep.streams.training_metrics import counted, line, measured
-from wakesleep.streams.training_progress import StepBar
 from wakesleep.streams.training_resume import (
     compare_settings,
     read_checkpoint,
@@ -251,63 +244,3 @@ class RunFolder(lightning.Callback):
         writer.writeheader()
         writer.writerows(row for row in read_lines(path) if int(row["step"]) <= step)
         write_atomically(path, text.getvalue().encode())
-
-
-def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
-    """A quiet Trainer with this run's settings; `config.trainer` wins over all of them.
-
-    Raises:
-        Refused: Lightning does not know a key, or its value; a strategy other than DDP; the
-            package of a logger is missing.
-    """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = dict(config.trainer)
-    bar = given.pop("enable_progress_bar", on_terminal() and not folder.quiet)
-    callbacks: list[lightning.Callback] = [folder]
-    if bar:
-        callbacks.append(StepBar(config))
-    settings = {
-        "max_steps": config.total_steps,
-        "max_epochs": -1,
-        "accelerator": device,
-        "devices": 1,
-        "precision": "bf16-mixed" if config.train.bf16 else "32-true",
-        "gradient_clip_val": config.optim.clip,
-        "logger": open_loggers(config, folder.folder) or False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": bar,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 0,  # loggers get the lines of metrics.csv
-        "default_root_dir": str(folder.folder),
-    }
-    settings |= given
-    trainer = _open_trainer(settings, callbacks)
-    if trainer.world_size > 1:
-        trainer = _open_trainer(settings | {"strategy": _strategy(config)}, callbacks)
-    return trainer
-
-
-def _open_trainer(
-    settings: dict[str, Any], callbacks: list[lightning.Callback]
-) -> lightning.Trainer:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return lightning.Trainer(**settings, callbacks=callbacks)
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise Refused("Lightning does not take these trainer.* keys", str(error)) from error
-
-
-def _strategy(config: TrainConfig) -> str:
-    """Of several processes: in most steps some weight has no gradient, such as those that admit."""
-    name = str(config.trainer.get("strategy", "auto"))
-    if name in ("auto", "ddp"):
-        return "ddp_find_unused_parameters_true"
-    if name.startswith("ddp_find_unused_parameters"):
-        return name
-    raise Refused(f"trainer.strategy={name} was never tried", "", "Use trainer.strategy=ddp.")

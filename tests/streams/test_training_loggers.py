@@ -5,7 +5,7 @@ import csv
 import pytest
 from lightning.pytorch.loggers import Logger
 
-from wakesleep.streams import training_loggers, training_run
+from wakesleep.streams import training_loggers, training_trainer
 from wakesleep.streams.config import load_config
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.train_command import find_recipe
@@ -34,7 +34,7 @@ def config(**keys) -> TrainConfig:
 
 def test_a_logger_gets_the_settings_and_the_lines_of_metrics_csv(tmp_path, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(training_run, "open_loggers", lambda *_: [recorder])
+    monkeypatch.setattr(training_trainer, "open_loggers", lambda *_: [recorder])
     train(config(), tmp_path / "run")
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         lines = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
