@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -28,3 +29,11 @@ def map_ids(path: str | Path, key: str) -> np.ndarray:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise Refused(f"{key}: {path}: expected a row of ids, got {ids.dtype} {ids.shape}")
     return ids
+
+
+def ids_sha256(ids: np.ndarray) -> str:
+    """The hash of some ids, whatever whole numbers they are kept as."""
+    digest, step = hashlib.sha256(), 1 << 20
+    for start in range(0, len(ids), step):
+        digest.update(np.ascontiguousarray(ids[start : start + step], dtype="<i8"))
+    return digest.hexdigest()

@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from wakesleep.streams.depo import Depo
-from wakesleep.streams.mixture import Mixture
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.id_files import ids_sha256, map_ids
+from wakesleep.streams.mixture import Mixture, MixtureConfig
 from wakesleep.streams.mqar import MQAR
 from wakesleep.streams.stopping import SIGNALS
 from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.training_batch import Answers, Batch
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_text import TextLanes, document_files, open_texts
+from wakesleep.streams.training_text import TextLanes, check_apart, open_texts
 
 ENDLESS = 1 << 40  # batches; Lightning needs a length, or it reads one batch ahead of the cursor
 HELD_OUT = 1 << 32  # added to the seed of generated validation batches
@@ -154,6 +156,8 @@ def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
             _check_vocabulary(config, data.depo.vocab_size)
             return Tasks(task, step.lanes, step.segments_per_step)
         case "mixture":
+            if validation:
+                _check_corpora(data.mixture)
             task = Mixture(data.mixture, step.sequence_len, seed, validation=validation)
             _check_vocabulary(config, task.tokenizer.vocab_size)
             return Tasks(task, step.lanes, step.segments_per_step)
@@ -205,26 +209,37 @@ def _texts(config: TrainConfig, validation: bool) -> list[np.ndarray]:
     """The documents of data.paths, or those that are held out of training.
 
     Raises:
-        ValueError: a file is in both, or nothing is left of either.
+        ValueError: a document is in both, or nothing is left of either.
     """
     data, held = config.data, config.data.validation_documents
     if not data.paths:
         raise ValueError("data.kind=text needs data.paths=[FILE or FOLDER, ...]")
+    training = open_texts(data.paths)
+    if held >= len(training):
+        raise ValueError(
+            f"data.validation_documents={held} leaves nothing to train on: data.paths hold "
+            f"{len(training)}"
+        )
     if held:
-        documents = open_texts(data.paths)
-        if held >= len(documents):
-            raise ValueError(
-                f"data.validation_documents={held} leaves nothing to train on: data.paths hold "
-                f"{len(documents)}"
-            )
-        return documents[-held:] if validation else documents[:-held]
-    if config.train.validate_every:
-        shared = set(document_files(data.paths)) & set(document_files(data.validation_paths))
-        if shared:
-            raise ValueError(
-                f"{min(shared)} is in data.paths and in data.validation_paths; leave it out of one"
-            )
-    return open_texts(data.validation_paths if validation else data.paths)
+        training, held_out = training[:-held], training[-held:]
+    else:
+        held_out = open_texts(data.validation_paths) if validation else []
+    check_apart(training, held_out)
+    return [text.ids for text in (held_out if validation else training)]
+
+
+def _check_corpora(mixture: MixtureConfig) -> None:
+    named = {"corpus": mixture.corpus, "validation_corpus": mixture.validation_corpus}
+    if not all(named.values()):
+        return  # `Mixture` says which one is missing
+    training, held_out = (map_ids(path, f"data.mixture.{key}") for key, path in named.items())
+    same = len(training) == len(held_out)  # only then they are compared
+    if same and ids_sha256(training) == ids_sha256(held_out):
+        raise Refused(
+            "data.mixture.validation_corpus is the text of data.mixture.corpus",
+            f"{mixture.validation_corpus} and {mixture.corpus}",
+            "Hold other text out.",
+        )
 
 
 def _check_vocabulary(config: TrainConfig, needed: int) -> None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from wakesleep.streams.id_files import map_ids
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.id_files import ids_sha256, map_ids
 from wakesleep.streams.training_batch import Answers, Batch
 from wakesleep.ttl.config_json import parse_json
 
@@ -120,21 +122,37 @@ def since_repeat(ids: np.ndarray) -> np.ndarray:
     return since
 
 
-def open_texts(paths: tuple[str, ...]) -> list[np.ndarray]:
-    """The ids of every document in the files that `paths` name.
+class Text(NamedTuple):
+    name: str  # for people: its file, and which of those in it
+    ids: np.ndarray
+
+
+def open_texts(paths: tuple[str, ...]) -> list[Text]:
+    """Every document in the files that `paths` name; of a folder, those that end in .npy.
 
     Raises:
-        ValueError: a file that holds none, or an index that does not fit it.
+        ValueError: there are no files, one that holds no document, or an index that does not fit.
     """
-    return [ids for path in document_files(paths) for ids in _parts(path)]
+    return [text for path in _files(paths) for text in _parts(path)]
 
 
-def document_files(paths: tuple[str, ...]) -> list[Path]:
-    """The files that `paths` name; of a folder, those that end in .npy.
+def check_apart(training: list[Text], held_out: list[Text]) -> None:
+    """Refuse a document that is in both, wherever it was read from.
 
     Raises:
-        ValueError: there are none.
+        Refused: there is one.
     """
+    lengths = {len(text.ids) for text in held_out}  # only what is as long is compared
+    known = {ids_sha256(t.ids): t.name for t in training if len(t.ids) in lengths}
+    lengths &= {len(text.ids) for text in training}
+    for text in held_out:
+        if len(text.ids) in lengths and (other := known.get(ids_sha256(text.ids))):
+            where = "" if other == text.name else f"There it is {other}."
+            remedy = "Leave it out of one of the two."
+            raise Refused(f"{text.name} is held out, and in data.paths too", where, remedy)
+
+
+def _files(paths: tuple[str, ...]) -> list[Path]:
     found = []
     for path in map(Path, paths):
         found += sorted(path.glob("*.npy")) if path.is_dir() else [path]
@@ -143,10 +161,10 @@ def document_files(paths: tuple[str, ...]) -> list[Path]:
     return [path.resolve() for path in found]
 
 
-def _parts(path: Path) -> list[np.ndarray]:
+def _parts(path: Path) -> list[Text]:
     ids, beside = _open(path), path.with_suffix(".json")
     if not beside.is_file():
-        return [ids]
+        return [Text(str(path), ids)]
     index = parse_json(beside.read_bytes(), str(beside))
     try:
         spans = [(part["start"], part["start"] + part["tokens"] + 1) for part in index["documents"]]
@@ -155,7 +173,11 @@ def _parts(path: Path) -> list[np.ndarray]:
     except (KeyError, TypeError, ValueError):
         message = f"{beside} is no index of {path.name}; remove it or build both again"
         raise ValueError(message) from None
-    return [ids[start:stop] for start, stop in spans if stop - start > 1]
+    return [
+        Text(f"{path}, document {number}", ids[start:stop])
+        for number, (start, stop) in enumerate(spans, 1)
+        if stop - start > 1
+    ]
 
 
 def _open(path: Path) -> np.ndarray:

@@ -317,13 +317,6 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
         assert not (tmp_path / "run").exists()
 
 
-def test_a_document_that_is_trained_on_is_refused_as_held_out(tmp_path):
-    config = text(tmp_path, validate_every=2)
-    held_out = dataclasses.replace(config.data, validation_paths=(str(tmp_path / "1.npy"),))
-    with pytest.raises(ValueError, match=r"1\.npy is in data\.paths and in data\.validation_paths"):
-        train(dataclasses.replace(config, data=held_out), tmp_path / "run")
-
-
 def test_what_a_run_leaves_behind(tmp_path):
     result = train(task(), tmp_path / "run")
     assert result["steps"] == 6 and result["resumed_at"] == []

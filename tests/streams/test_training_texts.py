@@ -1,0 +1,87 @@
+"""The data of a run: what is held out is nowhere in training, and a resumed run reads the same."""
+
+import json
+
+import numpy as np
+import pytest
+
+from wakesleep.streams.config import load_config
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.language_model import DEFAULT
+from wakesleep.streams.tokenizer import Tokenizer
+from wakesleep.streams.train_command import find_recipe
+from wakesleep.streams.training import prepare
+from wakesleep.streams.training_config import TrainConfig
+from wakesleep.ttl.model_io import TOKENIZER
+
+SHORT = ["train.steps=2", "train.lanes=2", "threads=1", "admission.keep_all_share=0"]
+TEXT = [*SHORT, "data.kind=text", "train.validate_every=2", "data.paths=[x]"]
+MIXTURE = [*SHORT, "data.kind=mixture", "data.mixture.corpus=c/train.npy", "model.vocab_size=4096"]
+
+
+@pytest.fixture(autouse=True)
+def _documents(tmp_path, monkeypatch):
+    """Four documents in the folder x, another one in y."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for number, length in enumerate((100, 200, 150, 300)):
+        write(tmp_path / "x" / f"{number}.npy", rng.integers(0, 64, length))
+    write(tmp_path / "y" / "0.npy", rng.integers(0, 64, 200))
+
+
+def write(path, ids):
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, ids)
+
+
+def write_corpus(path, ids):
+    write(path, ids)
+    sha256 = Tokenizer((DEFAULT / TOKENIZER).read_bytes()).sha256
+    path.with_suffix(".json").write_text(json.dumps({"tokenizer_sha256": sha256}))
+
+
+def recipe(*words: str) -> TrainConfig:
+    return load_config(TrainConfig, find_recipe("tiny.yaml"), words)[0]
+
+
+def assert_refused(tmp_path, message, *words):
+    with pytest.raises(Refused, match=message) as refusal:
+        prepare(recipe(*words), tmp_path / "run")
+    assert len(str(refusal.value).splitlines()) <= 3 and not (tmp_path / "run").exists()
+
+
+def test_a_document_that_is_trained_on_is_refused_as_held_out(tmp_path):
+    prepare(recipe(*TEXT, "data.validation_paths=[y]"), tmp_path / "run")
+    for paths in ("x/1.npy", "y,x"):
+        message = r"x/[01]\.npy is held out, and in data\.paths too\nLeave"
+        assert_refused(tmp_path, message, *TEXT, f"data.validation_paths=[{paths}]")
+
+
+def test_a_copy_of_it_is_refused_as_well(tmp_path):
+    write(tmp_path / "y" / "1.npy", np.load("x/3.npy").astype(np.uint16))
+    message = r"y/1\.npy is held out, and in data\.paths too\nThere it is .*x/3\.npy"
+    assert_refused(tmp_path, message, *TEXT, "data.validation_paths=[y]")
+
+
+def test_a_document_that_is_read_twice_is_not_held_out_once(tmp_path):
+    message = r"x/3\.npy is held out, and in data\.paths too"
+    words = [*TEXT, "data.validation_documents=1"]
+    prepare(recipe(*words), tmp_path / "run")
+    assert_refused(tmp_path, message, *words, "data.paths=[x,x/3.npy]")
+
+
+def test_the_documents_of_one_file_are_compared_one_by_one(tmp_path):
+    ids = np.tile(np.arange(50), 3)
+    write(tmp_path / "books.npy", ids)
+    parts = [{"start": start, "tokens": 49} for start in (0, 50, 100)]
+    (tmp_path / "books.json").write_text(json.dumps({"documents": parts}))
+    words = [*TEXT, "data.paths=[books.npy]", "data.validation_documents=1"]
+    assert_refused(tmp_path, r"books\.npy, document 3 is held out.*\nThere .*document 2", *words)
+
+
+def test_the_corpus_of_a_mixture_is_not_held_out(tmp_path):
+    for name in ("train", "copy"):
+        write_corpus(tmp_path / "c" / f"{name}.npy", np.arange(9_000) % 97)
+    for name in ("train", "copy"):
+        message = r"data\.mixture\.validation_corpus is the text of data\.mixture\.corpus"
+        assert_refused(tmp_path, message, *MIXTURE, f"data.mixture.validation_corpus=c/{name}.npy")
