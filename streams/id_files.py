@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,5 +36,10 @@ def ids_sha256(ids: np.ndarray) -> str:
     """The hash of some ids, whatever whole numbers they are kept as."""
     digest, step = hashlib.sha256(), 1 << 20
     for start in range(0, len(ids), step):
-        digest.update(np.ascontiguousarray(ids[start : start + step], dtype="<i8"))
+        digest.update(np.ascontiguousarray(ids[start : start + step], dtype="<u4"))
     return digest.hexdigest()
+
+
+def fingerprint(hashes: Iterable[str]) -> str:
+    """One hash for several, in their order."""
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()

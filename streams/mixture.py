@@ -19,7 +19,7 @@ import numpy as np
 from wakesleep.streams.babi import spread_babi, write_babi
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.facts import FactMaker
-from wakesleep.streams.id_files import map_ids
+from wakesleep.streams.id_files import fingerprint, ids_sha256, map_ids
 from wakesleep.streams.sequences import (
     ANSWER_KINDS,
     BABI,
@@ -121,6 +121,12 @@ class Mixture:
             self.hard = map_ids(config.hard, "hard")
             if not len(self.hard) or self.hard.max() >= len(self.corpus):
                 raise ValueError(f"hard={config.hard} has no places, or not those of {name}")
+
+    @property
+    def fingerprint(self) -> str:
+        """One for all files that the sequences are made of."""
+        parts = (self.tokenizer.sha256, ids_sha256(self.corpus))
+        return fingerprint([*parts, *([] if self.hard is None else [ids_sha256(self.hard)])])
 
     def batch(self, step: int, lanes: int) -> dict[str, np.ndarray]:
         """One sequence per lane.

@@ -364,7 +364,7 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
     """
     data = StreamDataModule(config)
     validation = open_source(config, validation=True) if config.train.validate_every else None
-    folder = RunFolder(config, output, validation, quiet=quiet)
+    folder = RunFolder(config, output, data.source, validation, quiet=quiet)
     if config.threads:
         torch.set_num_threads(config.threads)
     lightning.seed_everything(config.seed, verbose=False)

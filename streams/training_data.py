@@ -32,14 +32,19 @@ HELD_OUT = 1 << 32  # added to the seed of generated validation batches
 class Source(Protocol):
     """What every kind of data offers."""
 
+    fingerprint: str  # of the files that it reads
+
     def batch(self, number: int) -> Batch: ...
 
 
 class Tasks:
     """Generated sequences, each one document of T tokens that starts with the batch."""
 
-    def __init__(self, task: Mixture | MQAR | Depo, lanes: int, segments: int) -> None:
+    def __init__(
+        self, task: Mixture | MQAR | Depo, lanes: int, segments: int, fingerprint: str = ""
+    ) -> None:
         self.task, self.lanes, self.segments = task, lanes, segments
+        self.fingerprint = fingerprint
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the run."""
@@ -160,12 +165,20 @@ def open_source(config: TrainConfig, *, validation: bool = False) -> Source:
                 _check_corpora(data.mixture)
             task = Mixture(data.mixture, step.sequence_len, seed, validation=validation)
             _check_vocabulary(config, task.tokenizer.vocab_size)
-            return Tasks(task, step.lanes, step.segments_per_step)
+            return Tasks(task, step.lanes, step.segments_per_step, task.fingerprint)
         case "text":
             sizes = (step.lanes, step.segment, step.segments_per_step)
             lanes = TextLanes(_texts(config, validation), *sizes, seed, held_out=validation)
             _check_vocabulary(config, lanes.highest_id + 1)
             return lanes
+
+
+def data_key(config: TrainConfig, *, validation: bool = False) -> str:
+    """The setting that names the files of the data."""
+    if config.data.kind == "mixture":
+        return f"data.mixture.{'validation_corpus' if validation else 'corpus'}"
+    apart = validation and config.data.validation_paths
+    return "data.validation_paths" if apart else "data.paths"
 
 
 def answer_kinds(config: TrainConfig) -> tuple[str, ...]:

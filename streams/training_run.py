@@ -27,7 +27,7 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.optimizers import make_optimizer
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
+from wakesleep.streams.training_data import Source, answer_kinds, data_key, tokenizer_json
 from wakesleep.streams.training_metrics import counted, line, measured
 from wakesleep.streams.training_resume import (
     compare_settings,
@@ -49,9 +49,17 @@ class RunFolder(lightning.Callback):
     """Writes what a run leaves behind, every so many steps, and obeys signals."""
 
     def __init__(
-        self, config: TrainConfig, folder: Path, validation: Source | None, quiet: bool = False
+        self,
+        config: TrainConfig,
+        folder: Path,
+        training: Source,
+        validation: Source | None,
+        quiet: bool = False,
     ) -> None:
         self.config, self.folder, self.validation, self.quiet = config, folder, validation, quiet
+        self._data = [[data_key(config), training.fingerprint]]
+        if validation is not None:
+            self._data.append([data_key(config, validation=True), validation.fingerprint])
         self.best: float | None = None  # lowest val_loss so far
         self.seconds = 0.0  # of training in all calls, up to the last line
         self.signals = StopSignals()
@@ -101,7 +109,7 @@ class RunFolder(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         since = time.monotonic() - self._mark[0]  # the last line
-        return {"best": self.best, "seconds": self.seconds + since}
+        return {"best": self.best, "seconds": self.seconds + since, "data": self._data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.seconds = state["best"], state["seconds"]
@@ -232,6 +240,10 @@ class RunFolder(lightning.Callback):
             raise unusable(self.checkpoint, str(error)) from error
         except Exception as error:  # of a file with the right parts, anything may be wrong in them
             raise unusable(self.checkpoint, f"{type(error).__name__} in it") from error
+        for key, before in saved["callbacks"][self.state_key].get("data", []):
+            if [key, before] not in self._data:
+                remedy = "Put them back, or choose another --output."
+                raise Refused(f"{key} holds other texts than in the run", str(self.folder), remedy)
 
     def _record(self) -> dict[str, Any]:
         return read_record(self.folder / "run.json")

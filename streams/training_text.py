@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from wakesleep.streams.errors import Refused
-from wakesleep.streams.id_files import ids_sha256, map_ids
+from wakesleep.streams.id_files import fingerprint, ids_sha256, map_ids
 from wakesleep.streams.training_batch import Answers, Batch
 from wakesleep.ttl.config_json import parse_json
 
@@ -50,6 +50,11 @@ class TextLanes:
     def highest_id(self) -> int:
         """Largest token id of all documents."""
         return max(int(ids.max()) for ids in self.documents)
+
+    @property
+    def fingerprint(self) -> str:
+        """One for all documents, in their order."""
+        return fingerprint(map(ids_sha256, self.documents))
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the run."""

@@ -10,7 +10,7 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.language_model import DEFAULT
 from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.train_command import find_recipe
-from wakesleep.streams.training import prepare
+from wakesleep.streams.training import prepare, train
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.ttl.model_io import TOKENIZER
 
@@ -85,3 +85,31 @@ def test_the_corpus_of_a_mixture_is_not_held_out(tmp_path):
     for name in ("train", "copy"):
         message = r"data\.mixture\.validation_corpus is the text of data\.mixture\.corpus"
         assert_refused(tmp_path, message, *MIXTURE, f"data.mixture.validation_corpus=c/{name}.npy")
+
+
+@pytest.mark.parametrize("change", ["added", "rewritten", "held out"])
+def test_a_run_does_not_go_on_with_other_documents(tmp_path, change):
+    config = recipe(*TEXT, "data.validation_paths=[y]")
+    train(config, tmp_path / "run")
+    ids = np.load("x/1.npy")
+    ids[7] += 1
+    key = "data.validation_paths" if change == "held out" else "data.paths"
+    write(
+        tmp_path / {"added": "x/9.npy", "rewritten": "x/1.npy", "held out": "y/9.npy"}[change], ids
+    )
+    with pytest.raises(Refused, match=f"{key} holds other texts than in the run"):
+        prepare(config, tmp_path / "run", resume=True)
+    write(tmp_path / "x" / "1.npy", ids - (np.arange(200) == 7))
+    for path in ("x/9.npy", "y/9.npy"):
+        (tmp_path / path).unlink(missing_ok=True)
+    prepare(config, tmp_path / "run", resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_corpus(tmp_path):
+    corpus = np.arange(9_000) % 97
+    write_corpus(tmp_path / "c" / "train.npy", corpus)
+    config = recipe(*MIXTURE, "train.validate_every=0", "train.sequence_len=512")
+    train(config, tmp_path / "run")
+    write_corpus(tmp_path / "c" / "train.npy", corpus[::-1])
+    with pytest.raises(Refused, match=r"data\.mixture\.corpus holds other texts than in the run"):
+        prepare(config, tmp_path / "run", resume=True)
