@@ -15,6 +15,12 @@ from wakesleep.ttl.config_json import parse_json
 
 # may change on resume
 FREE = ("train.save_every", "train.log_every", "threads", "device", "logger", "data.workers")
+# and how far, where and how visibly Lightning trains
+FREE_TRAINER = (
+    *("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "fast_dev_run"),
+    *("accelerator", "devices", "num_nodes", "strategy"),
+    *("enable_progress_bar", "log_every_n_steps", "profiler", "detect_anomaly"),
+)
 # what Lightning reads of a checkpoint
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step")
 
@@ -22,14 +28,18 @@ PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks"
 def compare_settings(old: TrainConfig, new: TrainConfig, folder: Path) -> None:
     """Refuse settings that would make another run of it, by the first key that differs."""
     before, now = flat(old), flat(new)
-    for key in sorted(before.keys() | now.keys()):
-        free = key in FREE or key.partition(".")[0] == "trainer"
-        if not free and before.get(key) != now.get(key):
-            raise Refused(
-                f"{key} is {before.get(key)} in the run and {now.get(key)} now",
-                str(folder),
-                "Resume with the run's value, or choose another --output.",
-            )
+    free = {*FREE, "trainer", *(f"trainer.{name}" for name in FREE_TRAINER)}
+    for key in sorted((before.keys() | now.keys()) - free):
+        a, b = before.get(key), now.get(key)
+        if a == b:
+            continue
+        if key == "train.steps" and b > a:  # a run may be made longer
+            continue
+        raise Refused(
+            f"{key} is {a} in the run and {b} now",
+            str(folder),
+            "Resume with the run's value, or choose another --output.",
+        )
 
 
 def read_record(path: Path) -> dict[str, Any]:

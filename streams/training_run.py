@@ -64,7 +64,7 @@ class RunFolder(lightning.Callback):
         self.seconds = 0.0  # of training in all calls, up to the last line
         self.signals = StopSignals()
         self._step = 0  # last one that was seen
-        self._mark = (0.0, 0)  # clock and step of the last line
+        self._mark = (0.0, 0, 0)  # clock, step and tokens of the last line
         self._saved = (0.0, 0)  # clock and step of the last checkpoint
         kinds = answer_kinds(config)
         validated = [f"val_{name}" for name in measured(kinds)]
@@ -116,7 +116,8 @@ class RunFolder(lightning.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self._step = step = trainer.global_step
-        self._mark = self._saved = (time.monotonic(), step)
+        self._saved = (time.monotonic(), step)
+        self._mark = (*self._saved, self.config.tokens_before(module.cursor))
         self.signals.take_over()  # Lightning has put up its own
         if not trainer.is_global_zero:
             return
@@ -166,16 +167,15 @@ class RunFolder(lightning.Callback):
 
     def _report(self, trainer, module, validate: bool) -> None:
         """Add a line to metrics.csv and say it; keep the model if it is the best so far."""
-        step, (clock, before) = self._step, self._mark
-        train = self.config.train
-        tokens = train.lanes * train.sequence_len * self.config.accumulate
+        step, (clock, before, read) = self._step, self._mark
+        tokens = self.config.tokens_before(module.cursor)
         lasted = time.monotonic() - clock
         self.seconds += lasted
         row, sample = module.means.take(), None
-        speed = (step - before) * tokens / max(lasted, 1e-9)
+        speed = (tokens - read) / max(lasted, 1e-9)
         row |= {
             "step": step,
-            "tokens": step * tokens,
+            "tokens": tokens,
             "seconds": self.seconds,
             "tokens_per_second": speed,
             "flops_per_second": speed * self._flops,
@@ -183,14 +183,16 @@ class RunFolder(lightning.Callback):
         }
         if validate:
             with trainer.precision_plugin.forward_context():
-                found, sample = module.evaluate(self.validation, train.validation_batches)
+                found, sample = module.evaluate(
+                    self.validation, self.config.train.validation_batches
+                )
             row |= {f"val_{name}": value for name, value in found.items()}
             loss = row["val_loss"]
             if math.isfinite(loss) and (self.best is None or loss < self.best):
                 self.best = loss
                 if trainer.is_global_zero:
                     self._save_model("best", module.model, step)
-        self._mark = (time.monotonic(), step)
+        self._mark = (time.monotonic(), step, tokens)
         if not trainer.is_global_zero:
             return
         with open(self.folder / "metrics.csv", "a", encoding="utf-8", newline="") as file:

@@ -125,3 +125,22 @@ def test_a_refused_resume_leaves_the_folder_to_the_right_one(run):
 def test_damaged_metrics_are_refused(run, text):
     (run / "metrics.csv").write_text(text)
     assert_refused(run, r"metrics\.csv is not what this program writes")
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("trainer.accumulate_grad_batches=2", "None in the run and 2 now"),
+        ("trainer.precision=bf16-mixed", "None in the run and bf16-mixed now"),
+        ("trainer.gradient_clip_val=2", "None in the run and 2 now"),
+        ("train.steps=1", "2 in the run and 1 now"),
+    ],
+)
+def test_what_would_make_other_numbers_is_not_changed_on_resume(run, word, values):
+    key = word.partition("=")[0]
+    assert_refused(run, f"{key} is {values}", word)
+
+
+def test_a_run_may_be_made_longer(run):
+    assert train(recipe("train.steps=3", "trainer.devices=1"), run, resume=True)["steps"] == 3
+    assert_refused(run, "train.steps is 3 in the run and 2 now")

@@ -105,3 +105,10 @@ def test_a_limit_of_lightning_keeps_what_was_trained_and_says_how_to_go_on(tmp_p
     assert cli.main([*words, "trainer.limit_train_batches=3", "--resume"]) == 0
     train(recipe(), tmp_path / "whole")
     assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_tokens_are_those_that_were_read(tmp_path):
+    """The last step of an epoch of three batches accumulates one."""
+    words = ["trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=3"]
+    train(recipe(*words), tmp_path / "run")
+    assert [int(row["tokens"]) for row in rows(tmp_path / "run")] == [3 * 128, 6 * 128, 9 * 128]
