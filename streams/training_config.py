@@ -178,8 +178,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "accumulate_grad_batches"):
             value = self.trainer.get(name, 1)
-            good = isinstance(value, int) and value > 0
+            good = type(value) is int and value > 0  # a bool is an int, too
             _require(good, f"trainer.{name}", "a whole number above 0", value)
+        epochs = self.trainer.get("max_epochs", -1)
+        good = type(epochs) is int and epochs >= -1
+        _require(good, "trainer.max_epochs", "a whole number, or -1 for no limit", epochs)
         if self.train.segment % self.model.chunk:
             raise ValueError(
                 f"a segment (train.sequence_len / train.segments_per_step = {self.train.segment} "

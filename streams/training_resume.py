@@ -19,7 +19,7 @@ FREE = ("train.save_every", "train.log_every", "threads", "device", "logger", "d
 FREE_TRAINER = (
     *("max_steps", "max_epochs", "max_time", "min_steps", "min_epochs", "fast_dev_run"),
     *("accelerator", "devices", "num_nodes", "strategy"),
-    *("enable_progress_bar", "log_every_n_steps", "profiler", "detect_anomaly"),
+    *("logger", "enable_progress_bar", "log_every_n_steps", "profiler", "detect_anomaly"),
 )
 # what Lightning reads of a checkpoint
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step")

@@ -17,14 +17,26 @@ from wakesleep.streams.training_loggers import open_loggers
 from wakesleep.streams.training_progress import StepBar
 from wakesleep.streams.training_run import RunFolder
 
+UNUSED = "ddp_find_unused_parameters_true"
+# values of trainer.* that training was tried with; None: the key is left out
+TRIED = {
+    "precision": (None, "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16", 32, 16),
+    "strategy": (None, "auto", "ddp", UNUSED),
+    "gradient_clip_algorithm": (None, "norm"),  # ours is by the norm of the whole gradient
+}
+
 
 def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
     """A quiet Trainer with this run's settings; `config.trainer` wins over all of them.
 
     Raises:
-        Refused: Lightning does not know a key, or its value; a strategy other than DDP; the
-            package of a logger is missing.
+        Refused: Lightning does not know a key, or its value; it was never tried with this
+            training; the package of a logger is missing.
     """
+    for key, tried in TRIED.items():
+        if (value := config.trainer.get(key)) not in tried:
+            remedy = f"Use one of {', '.join(str(name) for name in tried[1:])}."
+            raise Refused(f"trainer.{key}={value} does not work here", "", remedy)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     device = config.device
@@ -52,8 +64,10 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
     }
     settings |= given
     trainer = _open_trainer(settings, callbacks)
-    if trainer.world_size > 1:
-        trainer = _open_trainer(settings | {"strategy": _strategy(config)}, callbacks)
+    if trainer.world_size > 1 and settings.get("strategy", "auto") in ("auto", "ddp"):
+        # in most steps some weight has no gradient, such as those that admit
+        settings["strategy"] = UNUSED
+        trainer = _open_trainer(settings, callbacks)
     return trainer
 
 
@@ -64,15 +78,5 @@ def _open_trainer(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return lightning.Trainer(**settings, callbacks=callbacks)
-    except (TypeError, ValueError, MisconfigurationException) as error:
+    except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
         raise Refused("Lightning does not take these trainer.* keys", str(error)) from error
-
-
-def _strategy(config: TrainConfig) -> str:
-    """Of several processes: in most steps some weight has no gradient, such as those that admit."""
-    name = str(config.trainer.get("strategy", "auto"))
-    if name in ("auto", "ddp"):
-        return "ddp_find_unused_parameters_true"
-    if name.startswith("ddp_find_unused_parameters"):
-        return name
-    raise Refused(f"trainer.strategy={name} was never tried", "", "Use trainer.strategy=ddp.")

@@ -22,11 +22,36 @@ def recipe(*words: str) -> TrainConfig:
     ("word", "message"),
     [
         ("train.validation_batches=0", r"train\.validation_batches must be above 0, got 0"),
+        ("trainer.max_epochs=abc", r"trainer\.max_epochs must be a whole number, .* got abc"),
+        ("trainer.max_steps=true", r"trainer\.max_steps must be a whole number above 0, got True"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(word, message):
     with pytest.raises(Refused, match=message):
         recipe(word)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "trainer.precision=bf16-true",
+        "trainer.precision=64-true",
+        "trainer.precision=transformer-engine",
+        "trainer.strategy=ddp_spawn",
+        "trainer.strategy=fsdp",
+        "trainer.gradient_clip_algorithm=value",
+    ],
+)
+def test_flags_that_were_never_tried_are_refused_on_one_device_too(tmp_path, word):
+    with pytest.raises(Refused, match=rf"{word} does not work here\nUse one of ") as refusal:
+        train(recipe(word), tmp_path / "run")
+    assert not (tmp_path / "run").exists() and len(str(refusal.value)) < 200
+
+
+def test_a_missing_package_of_lightning_is_a_refusal(tmp_path):
+    with pytest.raises(Refused, match="does not take these trainer"):
+        train(recipe("trainer.accelerator=tpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
