@@ -6,7 +6,6 @@ B lanes, T tokens each, N answers.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from bisect import bisect_right
@@ -32,6 +31,7 @@ from wakesleep.streams.sequences import (
 )
 from wakesleep.streams.stories import write_story
 from wakesleep.streams.tokenizer import Tokenizer
+from wakesleep.ttl.config_json import parse_json
 
 EXCERPT = 128  # tokens around a hard place
 SORTS = ("pairs", "dense", "recall", "changes", "stories", "babi", "babi_in_text", "language")
@@ -110,17 +110,20 @@ class Mixture:
         self.split = "validation" if validation else "train"
         self.tokenizer = _load_tokenizer(config.tokenizer)
         name = "validation_corpus" if validation else "corpus"
-        self.corpus = _open_corpus(getattr(config, name), name, self.tokenizer)
+        path, name = getattr(config, name), f"data.mixture.{name}"
+        self.corpus = _open_corpus(path, name, self.tokenizer)
         if len(self.corpus) <= sequence_len:
             raise ValueError(
-                f"sequence_len must be below the {len(self.corpus):,} tokens of {name}, "
+                f"train.sequence_len must be below the {len(self.corpus):,} tokens of {name}, "
                 f"not {sequence_len:,}"
             )
         self.hard = None
         if config.hard is not None and not validation:
-            self.hard = map_ids(config.hard, "hard")
+            self.hard = map_ids(config.hard, "data.mixture.hard")
             if not len(self.hard) or self.hard.max() >= len(self.corpus):
-                raise ValueError(f"hard={config.hard} has no places, or not those of {name}")
+                raise ValueError(
+                    f"data.mixture.hard={config.hard} has no places, or not those of {name}"
+                )
 
     @property
     def fingerprint(self) -> str:
@@ -202,7 +205,7 @@ def _open_corpus(path: str, name: str, tokenizer: Tokenizer) -> np.ndarray:
     ids, beside = map_ids(path, name), Path(path).with_suffix(".json")
     if not beside.is_file():
         raise Refused(f"{name}: {beside} is missing", "", "scripts/build_corpus.py writes both")
-    index = json.loads(beside.read_text(encoding="utf-8"))
-    if index["tokenizer_sha256"] != tokenizer.sha256:
+    index = parse_json(beside.read_bytes(), str(beside))
+    if type(index) is not dict or index.get("tokenizer_sha256") != tokenizer.sha256:
         raise ValueError(f"{name}={path} is of another tokenizer; build it again with this one")
     return ids

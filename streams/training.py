@@ -49,6 +49,7 @@ __all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "prepare", "tra
 
 CHECKPOINT_KEY = "wakesleep"
 VERSION = 3  # of what is under that key
+TRIED = 16  # sequences that are made before a run begins, to see whether they can be
 VALIDATION = 1 << 41  # the draws of validation batches are numbered from here
 
 
@@ -364,6 +365,8 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
     """
     data = StreamDataModule(config)
     validation = open_source(config, validation=True) if config.train.validate_every else None
+    if config.data.kind == "mixture":
+        _try_mixture(data.source, config)
     folder = RunFolder(config, output, data.source, validation, quiet=quiet)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -382,6 +385,16 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
 def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[str, Any]:
     """Prepare a run and carry it out; raises what both do."""
     return prepare(config, output, resume=resume).carry_out()
+
+
+def _try_mixture(source: Source, config: TrainConfig) -> None:
+    """Refuse sequences without room for what they are made of; other tasks know their length."""
+    try:
+        for number in range(-(-TRIED // config.train.lanes)):
+            source.batch(number)
+    except ValueError as error:
+        what = f"train.sequence_len={config.train.sequence_len} is too short for data.kind=mixture"
+        raise Refused(what, "", "Take longer sequences.") from error
 
 
 def _start_from(model: TTLModel, config: TrainConfig) -> None:

@@ -227,6 +227,11 @@ def _texts(config: TrainConfig, validation: bool) -> list[np.ndarray]:
     data, held = config.data, config.data.validation_documents
     if not data.paths:
         raise ValueError("data.kind=text needs data.paths=[FILE or FOLDER, ...]")
+    if validation and not held and not data.validation_paths:
+        raise ValueError(
+            f"train.validate_every={config.train.validate_every} needs documents that are held "
+            "out: data.validation_documents=1, or data.validation_paths=[FILE or FOLDER, ...]"
+        )
     training = open_texts(data.paths)
     if held >= len(training):
         raise ValueError(
@@ -236,7 +241,7 @@ def _texts(config: TrainConfig, validation: bool) -> list[np.ndarray]:
     if held:
         training, held_out = training[:-held], training[-held:]
     else:
-        held_out = open_texts(data.validation_paths) if validation else []
+        held_out = open_texts(data.validation_paths, "data.validation_paths") if validation else []
     check_apart(training, held_out)
     return [text.ids for text in (held_out if validation else training)]
 

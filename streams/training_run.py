@@ -42,6 +42,7 @@ from wakesleep.ttl.model_io import model_sha256, save_model
 
 COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "flops_per_second", "lr")
 TRAINING_FLOPS = 3  # forward and backward pass, of a forward pass; nothing computed again
+REMEDY = "Choose another --output."
 SAVE_SECONDS = 300.0  # between checkpoints where no number of steps is given
 
 
@@ -82,6 +83,7 @@ class RunFolder(lightning.Callback):
             Refused: it holds a run and `resume` is false, or a run with other settings, or a file
                 of it is damaged.
         """
+        _check_writable(self.folder)
         saved = self.folder / "config.yaml"
         if saved.exists() or self.checkpoint.exists():
             if not resume:
@@ -97,7 +99,10 @@ class RunFolder(lightning.Callback):
     def open(self, *, write: bool = True) -> Path | None:
         """Make or take up the folder; return the checkpoint to go on from, None at the start."""
         if write:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise Refused(f"{self.folder} cannot be made", str(error), REMEDY) from error
             write_atomically(self.folder / "config.yaml", to_yaml(self.config).encode())
         return self.checkpoint if self.checkpoint.exists() else None
 
@@ -258,3 +263,11 @@ class RunFolder(lightning.Callback):
         writer.writeheader()
         writer.writerows(row for row in read_lines(path) if int(row["step"]) <= step)
         write_atomically(path, text.getvalue().encode())
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise Refused(f"{folder}: {there} is no folder", "", REMEDY)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refused(f"{folder} cannot be written", "", REMEDY)

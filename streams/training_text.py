@@ -132,13 +132,19 @@ class Text(NamedTuple):
     ids: np.ndarray
 
 
-def open_texts(paths: tuple[str, ...]) -> list[Text]:
+def open_texts(paths: tuple[str, ...], key: str = "data.paths") -> list[Text]:
     """Every document in the files that `paths` name; of a folder, those that end in .npy.
+
+    Args:
+        key: the setting that names them.
 
     Raises:
         ValueError: there are no files, one that holds no document, or an index that does not fit.
     """
-    return [text for path in _files(paths) for text in _parts(path)]
+    texts = [text for path in _files(paths, key) for text in _parts(path, key)]
+    if not texts:
+        raise Refused(f"{key}={list(paths)} holds no document with a token")
+    return texts
 
 
 def check_apart(training: list[Text], held_out: list[Text]) -> None:
@@ -157,23 +163,24 @@ def check_apart(training: list[Text], held_out: list[Text]) -> None:
             raise Refused(f"{text.name} is held out, and in data.paths too", where, remedy)
 
 
-def _files(paths: tuple[str, ...]) -> list[Path]:
+def _files(paths: tuple[str, ...], key: str) -> list[Path]:
     found = []
     for path in map(Path, paths):
         found += sorted(path.glob("*.npy")) if path.is_dir() else [path]
     if not found:
-        raise ValueError(f"no documents: expected .npy files of token ids in {list(paths)}")
+        raise ValueError(f"{key}: no documents: expected .npy files of token ids in {list(paths)}")
     return [path.resolve() for path in found]
 
 
-def _parts(path: Path) -> list[Text]:
-    ids, beside = _open(path), path.with_suffix(".json")
+def _parts(path: Path, key: str) -> list[Text]:
+    ids, beside = _open(path, key), path.with_suffix(".json")
     if not beside.is_file():
         return [Text(str(path), ids)]
     index = parse_json(beside.read_bytes(), str(beside))
     try:
         spans = [(part["start"], part["start"] + part["tokens"] + 1) for part in index["documents"]]
-        if not all(0 <= start < stop <= len(ids) for start, stop in spans):
+        whole = all(type(place) is int for span in spans for place in span)
+        if not whole or not all(0 <= start < stop <= len(ids) for start, stop in spans):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         message = f"{beside} is no index of {path.name}; remove it or build both again"
@@ -185,10 +192,10 @@ def _parts(path: Path) -> list[Text]:
     ]
 
 
-def _open(path: Path) -> np.ndarray:
+def _open(path: Path, key: str) -> np.ndarray:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; data.paths names .npy files or folders of them")
-    ids = map_ids(path, "data.paths")
+        raise ValueError(f"{path}: no such file; {key} names .npy files or folders of them")
+    ids = map_ids(path, key)
     if len(ids) < 2 or int(ids.min()) < 0:
-        raise ValueError(f"{path}: expected at least two ids from 0 on, got {len(ids):,}")
+        raise ValueError(f"{key}: {path}: expected at least two ids from 0 on, got {len(ids):,}")
     return ids

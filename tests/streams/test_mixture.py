@@ -326,7 +326,9 @@ def test_ordinary_text_runs_through_a_sequence_in_its_own_order(tmp_path, folder
 def test_what_cannot_be_mixed_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"corpus must name a \.npy"):
         Mixture(MixtureConfig(), LENGTH, 0)
-    with pytest.raises(ValueError, match=r"sequence_len must be below the 20,000 tokens of corpus"):
+    with pytest.raises(
+        ValueError, match=r"sequence_len must be below the 20,000 tokens of data\.mixture\.corp"
+    ):
         mixture(folder, length=20_000)
     np.save(tmp_path / "other.npy", np.zeros(9_000, np.uint16))
     (tmp_path / "other.json").write_text('{"tokenizer_sha256": "0"}')
@@ -363,7 +365,7 @@ def test_hard_places_are_around_facts_and_only_in_training(folder, tmp_path):
     assert 0.3 < np.mean(marks("recall") >= 6) < 0.7
     assert marks("recall", validation=True).max() <= 3 and marks("language").max() <= 3
     np.save(tmp_path / "hard.npy", np.array([20_000]))
-    with pytest.raises(ValueError, match="not those of corpus"):
+    with pytest.raises(ValueError, match=r"not those of data\.mixture\.corpus"):
         Mixture(config, LENGTH, 0)
 
 

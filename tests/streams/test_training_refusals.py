@@ -1,6 +1,8 @@
 """What cannot work is refused before anything is written, by the name of its key."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from wakesleep.streams.config import load_config
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.train_command import find_recipe
-from wakesleep.streams.training import train
+from wakesleep.streams.training import prepare, train
 from wakesleep.streams.training_config import TrainConfig
 
 WORDS = ["train.steps=2", "train.lanes=2", "train.validate_every=0", "threads=1"]
@@ -22,6 +24,14 @@ def recipe(*words: str) -> TrainConfig:
     ("word", "message"),
     [
         ("train.validation_batches=0", r"train\.validation_batches must be above 0, got 0"),
+        ("seed=-1", "seed must be from 0 to 4294967295, got -1"),
+        ("threads=0", "threads must be above 0, got 0"),
+        ("optim.betas=[0.9,1]", r"optim\.betas must be at least 0, below 1"),
+        ("optim.lr=inf", r"optim\.lr must be a number above 0"),
+        ("optim.weight_decay=inf", r"optim\.weight_decay must be a number"),
+        ("train.blind_weight=inf", r"train\.blind_weight must be a number"),
+        ("admission.weight=inf", r"admission\.weight must be a finite number"),
+        ("admission.positive_weight=inf", r"admission\.positive_weight must be a number"),
         ("trainer.max_epochs=abc", r"trainer\.max_epochs must be a whole number, .* got abc"),
         ("trainer.max_steps=true", r"trainer\.max_steps must be a whole number above 0, got True"),
     ],
@@ -46,6 +56,18 @@ def test_flags_that_were_never_tried_are_refused_on_one_device_too(tmp_path, wor
     with pytest.raises(Refused, match=rf"{word} does not work here\nUse one of ") as refusal:
         train(recipe(word), tmp_path / "run")
     assert not (tmp_path / "run").exists() and len(str(refusal.value)) < 200
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match=r"file/run: .*file is no folder\nChoose another --output"):
+        prepare(recipe(), tmp_path / "file" / "run")
+    with monkeypatch.context() as patch, pytest.raises(Refused, match="run cannot be written"):
+        patch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        prepare(recipe(), tmp_path / "run")
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: os.mkdir(tmp_path / "not" / "there"))
+    with pytest.raises(Refused, match=r"run cannot be made\n.*\nChoose"):  # such as /proc/run
+        train(recipe(), tmp_path / "run")
 
 
 def test_a_missing_package_of_lightning_is_a_refusal(tmp_path):

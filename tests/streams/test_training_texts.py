@@ -113,3 +113,42 @@ def test_a_run_does_not_go_on_with_another_corpus(tmp_path):
     write_corpus(tmp_path / "c" / "train.npy", corpus[::-1])
     with pytest.raises(Refused, match=r"data\.mixture\.corpus holds other texts than in the run"):
         prepare(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"documents": []}, r"data\.paths=\['i\.npy'\] holds no document"),
+        ({"documents": [{"start": 0, "tokens": 0}]}, r"data\.paths=.* holds no document"),
+        ({"documents": [{"start": 0.0, "tokens": 5.5}]}, r"i\.json is no index of i\.npy"),
+        ([], r"i\.json is no index of i\.npy"),
+    ],
+)
+def test_an_index_without_documents_is_refused(tmp_path, index, message):
+    write(tmp_path / "i.npy", np.arange(60))
+    (tmp_path / "i.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        prepare(recipe(*TEXT, "train.validate_every=0", "data.paths=[i.npy]"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "nope"])
+def test_a_corpus_with_a_damaged_index_is_refused(tmp_path, index):
+    write_corpus(tmp_path / "c" / "train.npy", np.arange(9_000) % 97)
+    (tmp_path / "c" / "train.json").write_text(index)
+    with pytest.raises(ValueError, match=r"c/train\.(json is not plain JSON|npy is of another)"):
+        prepare(recipe(*MIXTURE, "train.validate_every=0"), tmp_path / "run")
+
+
+def test_a_validation_without_texts_names_the_keys(tmp_path):
+    for words, message in (
+        (["data.validation_documents=0"], r"validate_every=2 needs .*: data\.validation_documents"),
+        (["data.validation_paths=[z]"], r"z: no such file; data\.validation_paths names"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(recipe(*TEXT, *words), tmp_path / "run")
+
+
+def test_a_sequence_too_short_for_its_parts_is_refused(tmp_path):
+    write_corpus(tmp_path / "c" / "train.npy", np.arange(9_000) % 97)
+    short = [*MIXTURE, "train.validate_every=0", "train.sequence_len=16"]
+    assert_refused(tmp_path, r"train\.sequence_len=16 is too short for data\.kind=mixture", *short)
