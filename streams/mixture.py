@@ -108,7 +108,7 @@ class Mixture:
     ) -> None:
         self.config, self.sequence_len, self.seed = config, sequence_len, seed
         self.split = "validation" if validation else "train"
-        self.tokenizer = _load_tokenizer(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer)
         name = "validation_corpus" if validation else "corpus"
         path, name = getattr(config, name), f"data.mixture.{name}"
         self.corpus = _open_corpus(path, name, self.tokenizer)
@@ -191,7 +191,8 @@ class Mixture:
         return np.concatenate([self.corpus[s : s + EXCERPT] for s in starts])[:length]
 
 
-def _load_tokenizer(path: str | None) -> Tokenizer:
+def load_tokenizer(path: str | None) -> Tokenizer:
+    """The tokenizer of that file, or the one that is shipped."""
     if path is not None:
         return Tokenizer.load(path)
     shipped = resources.files("wakesleep.streams") / "data" / "default" / "tokenizer.json"

@@ -137,10 +137,10 @@ def _ending(result: dict[str, Any], output: Path) -> str:
     models = " and ".join(
         str(output / name) for name in ("last", "best") if (output / name).is_dir()
     )
-    return (
-        f"{result['steps']:,} steps trained; model: {models}\n"
-        f"next: wakesleep stream DOC model={typed(output / 'last')}"
-    )
+    following = f"wakesleep stream DOC model={typed(output / 'last')}"
+    if not result["reads_text"]:  # ids that stand for no text
+        following = f"wakesleep.ttl.load_model({str(output / 'last')!r}) in Python"
+    return f"{result['steps']:,} steps trained; model: {models}\nnext: {following}"
 
 
 def _again(arguments: argparse.Namespace) -> str:

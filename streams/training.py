@@ -342,7 +342,9 @@ class Run(NamedTuple):
     folder: RunFolder
 
     def carry_out(self) -> dict[str, Any]:
-        """Train; return `{"output", "steps", "model_sha256", "resumed_at"}`, on the first rank.
+        """Train; return what the run left, on the first rank:
+
+        `{"output", "steps", "model_sha256", "reads_text", "resumed_at"}`.
 
         Raises:
             TrainingFailed: a loss or gradient is not finite.

@@ -155,6 +155,7 @@ class DataConfig:
     paths: tuple[str, ...] = ()  # text: files or folders
     validation_paths: tuple[str, ...] = ()  # text: documents held out
     validation_documents: int = 0  # text: in their place, so many of data.paths, the last ones
+    tokenizer: str | None = None  # text: tokenizer.json of the ids; none: the one that is shipped
     workers: int = 0  # processes that make batches ahead of the model; 0: it waits for each
 
     def __post_init__(self) -> None:

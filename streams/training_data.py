@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
 from typing import Protocol
 
 import lightning
@@ -17,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from wakesleep.streams.depo import Depo
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.id_files import ids_sha256, map_ids
-from wakesleep.streams.mixture import Mixture, MixtureConfig
+from wakesleep.streams.mixture import Mixture, MixtureConfig, load_tokenizer
 from wakesleep.streams.mqar import MQAR
 from wakesleep.streams.stopping import SIGNALS
 from wakesleep.streams.tokenizer import Tokenizer
@@ -194,18 +192,22 @@ def answer_kinds(config: TrainConfig) -> tuple[str, ...]:
             return TextLanes.kinds
 
 
-def tokenizer_json(config: TrainConfig) -> bytes:
-    """The tokenizer of the ids; the shipped one where they stand for no text."""
-    path = config.data.mixture.tokenizer if config.data.kind == "mixture" else None
-    shipped = resources.files("wakesleep.streams") / "data" / "default" / "tokenizer.json"
-    return Path(path).read_bytes() if path else shipped.read_bytes()
+def open_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer of the ids; the shipped one where they stand for no text.
+
+    Raises:
+        Refused: there is none, or it is another program's.
+    """
+    data = config.data
+    path = {"mixture": data.mixture.tokenizer, "text": data.tokenizer}.get(data.kind)
+    return load_tokenizer(path)
 
 
 def text_tokenizer(config: TrainConfig) -> Tokenizer | None:
     """The tokenizer of the ids, None where they stand for no text or for one of another size."""
     if config.data.kind in ("mqar", "depo"):
         return None
-    tokenizer = Tokenizer(tokenizer_json(config))
+    tokenizer = open_tokenizer(config)
     return tokenizer if tokenizer.vocab_size == config.model.vocab_size else None
 
 
@@ -232,7 +234,8 @@ def _texts(config: TrainConfig, validation: bool) -> list[np.ndarray]:
             f"train.validate_every={config.train.validate_every} needs documents that are held "
             "out: data.validation_documents=1, or data.validation_paths=[FILE or FOLDER, ...]"
         )
-    training = open_texts(data.paths)
+    sha256 = open_tokenizer(config).sha256
+    training = open_texts(data.paths, "data.paths", sha256)
     if held >= len(training):
         raise ValueError(
             f"data.validation_documents={held} leaves nothing to train on: data.paths hold "
@@ -241,7 +244,8 @@ def _texts(config: TrainConfig, validation: bool) -> list[np.ndarray]:
     if held:
         training, held_out = training[:-held], training[-held:]
     else:
-        held_out = open_texts(data.validation_paths, "data.validation_paths") if validation else []
+        key, paths = "data.validation_paths", data.validation_paths
+        held_out = open_texts(paths, key, sha256) if validation else []
     check_apart(training, held_out)
     return [text.ids for text in (held_out if validation else training)]
 

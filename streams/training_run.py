@@ -27,7 +27,13 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.optimizers import make_optimizer
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_data import Source, answer_kinds, data_key, tokenizer_json
+from wakesleep.streams.training_data import (
+    Source,
+    answer_kinds,
+    data_key,
+    open_tokenizer,
+    text_tokenizer,
+)
 from wakesleep.streams.training_metrics import counted, line, measured
 from wakesleep.streams.training_resume import (
     compare_settings,
@@ -61,6 +67,7 @@ class RunFolder(lightning.Callback):
         self._data = [[data_key(config), training.fingerprint]]
         if validation is not None:
             self._data.append([data_key(config, validation=True), validation.fingerprint])
+        self._tokenizer = open_tokenizer(config).json
         self.best: float | None = None  # lowest val_loss so far
         self.seconds = 0.0  # of training in all calls, up to the last line
         self.signals = StopSignals()
@@ -110,7 +117,8 @@ class RunFolder(lightning.Callback):
         """Say what the run left; a run that was killed between two files is made whole first."""
         self._save_model("last", model, step)
         sha256 = model_sha256(self.folder / "last")
-        return {"output": str(self.folder), "steps": step, "model_sha256": sha256, **self._record()}
+        ending = {"output": str(self.folder), "steps": step, "model_sha256": sha256}
+        return {**ending, "reads_text": text_tokenizer(self.config) is not None, **self._record()}
 
     def state_dict(self) -> dict[str, Any]:
         since = time.monotonic() - self._mark[0]  # the last line
@@ -223,8 +231,7 @@ class RunFolder(lightning.Callback):
         self._save_model("last", module.model, self._step)
 
     def _save_model(self, name: str, model: nn.Module, step: int) -> None:
-        tokenizer = tokenizer_json(self.config)
-        save_model(self.folder / name, model, tokenizer, self._card(name, step))
+        save_model(self.folder / name, model, self._tokenizer, self._card(name, step))
 
     def _card(self, name: str, step: int) -> str:
         data = self.config.data.kind

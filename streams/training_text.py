@@ -132,16 +132,20 @@ class Text(NamedTuple):
     ids: np.ndarray
 
 
-def open_texts(paths: tuple[str, ...], key: str = "data.paths") -> list[Text]:
+def open_texts(
+    paths: tuple[str, ...], key: str = "data.paths", tokenizer_sha256: str | None = None
+) -> list[Text]:
     """Every document in the files that `paths` name; of a folder, those that end in .npy.
 
     Args:
         key: the setting that names them.
+        tokenizer_sha256: of the tokenizer that an index must name, if it names one.
 
     Raises:
         ValueError: there are no files, one that holds no document, or an index that does not fit.
     """
-    texts = [text for path in _files(paths, key) for text in _parts(path, key)]
+    files = _files(paths, key)
+    texts = [text for path in files for text in _parts(path, key, tokenizer_sha256)]
     if not texts:
         raise Refused(f"{key}={list(paths)} holds no document with a token")
     return texts
@@ -172,7 +176,7 @@ def _files(paths: tuple[str, ...], key: str) -> list[Path]:
     return [path.resolve() for path in found]
 
 
-def _parts(path: Path, key: str) -> list[Text]:
+def _parts(path: Path, key: str, tokenizer_sha256: str | None) -> list[Text]:
     ids, beside = _open(path, key), path.with_suffix(".json")
     if not beside.is_file():
         return [Text(str(path), ids)]
@@ -185,6 +189,9 @@ def _parts(path: Path, key: str) -> list[Text]:
     except (KeyError, TypeError, ValueError):
         message = f"{beside} is no index of {path.name}; remove it or build both again"
         raise ValueError(message) from None
+    if tokenizer_sha256 and index.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
+        remedy = "Name its tokenizer.json by data.tokenizer, or build the ids with this one."
+        raise Refused(f"{key}: {path} is of another tokenizer", "", remedy)
     return [
         Text(f"{path}, document {number}", ids[start:stop])
         for number, (start, stop) in enumerate(spans, 1)

@@ -55,7 +55,7 @@ def test_train_hands_over_the_merged_settings(training, capsys):
 
     def train(config, output, *, resume):
         calls.append((config.optim.lr, config.trainer, output, resume))
-        return {"output": str(output), "steps": 3000, "model_sha256": "0", "resumed_at": []}
+        return {"output": str(output), "steps": 3000, "reads_text": True, "resumed_at": []}
 
     training(train)
     words = ["mqar.yaml", "optim.lr=1e-4", "trainer.max_steps=3k", "--output", "out", "--json"]
@@ -84,7 +84,7 @@ def test_what_a_token_costs_is_said_before_training(training, capsys, flags):
 
     def train(config, output, *, resume):
         said.append(capsys.readouterr().err)
-        return {"output": str(output), "steps": 1, "model_sha256": "0", "resumed_at": []}
+        return {"output": str(output), "steps": 1, "reads_text": False, "resumed_at": []}
 
     training(train)
     words = ["mqar.yaml", "model.dim=64", "--output", "out"]
@@ -124,7 +124,8 @@ def test_the_shipped_model_may_be_the_start(capsys):
 def test_quiet_says_nothing_of_the_steps(capsys):
     words = ["tiny.yaml", "train.steps=3", "train.log_every=1", "train.validate_every=0"]
     assert cli.main(["train", *words, "threads=1", "--output", "out", "--quiet"]) == 0
-    assert capsys.readouterr().err == ""
+    out, err = capsys.readouterr()
+    assert err == "" and "next: wakesleep.ttl.load_model('out/last') in Python" in out  # no text
 
 
 def test_damaged_files_of_a_run_are_named(capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from wakesleep.streams.config import load_config
 from wakesleep.streams.errors import Refused
-from wakesleep.streams.language_model import DEFAULT
+from wakesleep.streams.language_model import DEFAULT, load_language_model
 from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.train_command import find_recipe
 from wakesleep.streams.training import prepare, train
@@ -152,3 +152,18 @@ def test_a_sequence_too_short_for_its_parts_is_refused(tmp_path):
     write_corpus(tmp_path / "c" / "train.npy", np.arange(9_000) % 97)
     short = [*MIXTURE, "train.validate_every=0", "train.sequence_len=16"]
     assert_refused(tmp_path, r"train\.sequence_len=16 is too short for data\.kind=mixture", *short)
+
+
+def test_the_tokenizer_of_the_documents_is_exported(tmp_path):
+    other = json.loads((DEFAULT / TOKENIZER).read_text())
+    (tmp_path / "own.json").write_text(json.dumps(other, indent=1))  # the same one, another file
+    sha256 = Tokenizer.load(tmp_path / "own.json").sha256
+    index = {"documents": [{"start": 0, "tokens": 59}], "tokenizer_sha256": sha256}
+    write(tmp_path / "i.npy", np.arange(60))
+    (tmp_path / "i.json").write_text(json.dumps(index))
+    words = [*TEXT, "data.paths=[i.npy]", "train.validate_every=0", "model.vocab_size=4096"]
+    assert_refused(tmp_path, r"data\.paths: .*i\.npy is of another tokenizer\nName .*", *words)
+    nowhere = "data.tokenizer=nowhere.json"
+    assert_refused(tmp_path, r"nowhere\.json: no tokenizer can be read", *words, nowhere)
+    assert train(recipe(*words, "data.tokenizer=own.json"), tmp_path / "run")["reads_text"]
+    assert load_language_model(tmp_path / "run" / "last").tokenizer.sha256 == sha256
