@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own, pasts_of
-from wakesleep.streams.errors import Refused
+from wakesleep.streams.errors import Refused, TrainingFailed
 from wakesleep.streams.language_model import DEFAULT
 from wakesleep.streams.optimizers import make_optimizer, part_norms
 from wakesleep.streams.ranks import ALONE, Ranks
@@ -51,10 +51,6 @@ CHECKPOINT_KEY = "wakesleep"
 VERSION = 3  # of what is under that key
 TRIED = 16  # sequences that are made before a run begins, to see whether they can be
 VALIDATION = 1 << 41  # the draws of validation batches are numbered from here
-
-
-class TrainingFailed(RuntimeError):
-    """A number is not finite; the last checkpoint is as it was."""
 
 
 class Evaluated(NamedTuple):
@@ -163,7 +159,7 @@ class StreamModule(lightning.LightningModule):
     ) -> None:
         """Clip by the norm of the whole gradient, note norms, stop where one is not finite."""
         if self.ranks.any(self._failed is not None, self.device):
-            raise self._failed or TrainingFailed("another process found what is not finite")
+            raise TrainingFailed(self.ranks.first(str(self._failed or "")))
         limit, norms = gradient_clip_val or math.inf, part_norms(self.model)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True))
         if not math.isfinite(norm):

@@ -6,6 +6,7 @@ each call, all in the group of the folder's name; TensorBoard shows one curve.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.training_config import TrainConfig
 
 
-def open_loggers(config: TrainConfig, folder: Path, step: int) -> list[Logger]:
+def open_loggers(config: TrainConfig, folder: Path, saved_step: Callable[[], int]) -> list[Logger]:
     """The loggers that `config.logger` names; none of them writes before it is used.
 
     Args:
-        step: of the checkpoint that the run goes on from; what came after it will come again.
+        saved_step: of the checkpoint that the run goes on from; what came after it comes again.
 
     Raises:
         Refused: the package is not installed.
@@ -35,4 +36,5 @@ def open_loggers(config: TrainConfig, folder: Path, step: int) -> list[Logger]:
             return [WandbLogger(save_dir=folder, project="wakesleep", group=group, offline=True)]
         case "tensorboard":
             keys = {"name": "tensorboard", "version": "", "default_hp_metric": False}
+            step = saved_step()
             return [TensorBoardLogger(folder, **keys, purge_step=step + 1 if step else None)]

@@ -83,7 +83,6 @@ class RunFolder(lightning.Callback):
     def checkpoint(self) -> Path:
         return self.folder / "checkpoints" / "last.ckpt"
 
-    @property
     def saved_step(self) -> int:
         """Steps that the checkpoint has behind it, 0 where there is none."""
         return read_checkpoint(self.checkpoint)["global_step"] if self.checkpoint.exists() else 0
