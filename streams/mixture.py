@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from wakesleep.ttl.config_json import parse_json
 
 EXCERPT = 128  # tokens around a hard place
 SORTS = ("pairs", "dense", "recall", "changes", "stories", "babi", "babi_in_text", "language")
+STAGED = ("facts_min", "facts_max", "far")  # keys of RecallConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class MixtureConfig:
     """Which sequences a run reads, in stages.
 
     Each share is one number for the whole run, or one for each stage; the shares of a stage are
-    taken relative to their sum.
+    taken relative to their sum. So are the three keys of `facts` that may change on the way.
     """
 
     corpus: str = ""  # .npy of scripts/build_corpus.py: noise and language
@@ -64,6 +65,9 @@ class MixtureConfig:
     babi_open: float = 0.0  # share of these stories with people, places and things of our own lists
     language: tuple[float, ...] = (0.15,)  # text alone
     facts: RecallConfig = field(default_factory=RecallConfig)
+    facts_min: tuple[int, ...] = ()  # in the place of facts.facts_min; () leaves it
+    facts_max: tuple[int, ...] = ()
+    far: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if list(self.stage_tokens) != sorted(self.stage_tokens):
@@ -81,7 +85,11 @@ class MixtureConfig:
                     f"{name} must be one share or one for each of the {stages} stages, "
                     f"0 or more, not {shares}"
                 )
+        for name in STAGED:
+            if len(getattr(self, name)) not in (0, 1, stages):
+                raise ValueError(f"{name} must be one number or one for each of {stages} stages")
         for stage in range(stages):
+            self.facts_at(stage)  # checks them
             if not sum(self.shares(stage)) > 0:
                 raise ValueError(f"a share must be above 0 in every stage; stage {stage + 1}: none")
 
@@ -89,6 +97,11 @@ class MixtureConfig:
         """Shares of `SORTS` in a stage, counted from 0."""
         rows = [getattr(self, name) for name in SORTS]
         return [row[stage] if len(row) > 1 else row[0] for row in rows]
+
+    def facts_at(self, stage: int) -> RecallConfig:
+        """How facts are spread in a stage, counted from 0."""
+        given = {name: row for name in STAGED if (row := getattr(self, name))}
+        return replace(self.facts, **{name: row[stage % len(row)] for name, row in given.items()})
 
 
 class Mixture:
@@ -158,7 +171,7 @@ class Mixture:
     def sequence(self, step: int, lane: int, stage: int) -> Sequence:
         """The sequence of one lane in a stage (counted from 0)."""
         draw = random.Random(f"{self.split} {self.seed} {step} {lane}")
-        facts = self.config.facts
+        facts = self.config.facts_at(stage)
         (sort,) = draw.choices(SORTS, self.config.shares(stage))
         page = Page(self.tokenizer, draw, self.sequence_len, facts)
         shares = {name: getattr(facts, name) for name in ("similar", "shared", "restated")}
