@@ -30,13 +30,19 @@ from wakesleep.streams.training_data import (
     Source,
     StreamDataModule,
     answer_kinds,
-    open_source,
     text_tokenizer,
 )
 from wakesleep.streams.training_draws import Blind, Draw, draw_blind, draw_step, never
 from wakesleep.streams.training_health import GateMeans, add_health
 from wakesleep.streams.training_key_space import KeySpaces
-from wakesleep.streams.training_metrics import Means, add_answers, add_losses, counted, measured
+from wakesleep.streams.training_metrics import (
+    SKIPPED,
+    Means,
+    add_answers,
+    add_losses,
+    counted,
+    measured,
+)
 from wakesleep.streams.training_run import RunFolder
 from wakesleep.streams.training_samples import sample_answer
 from wakesleep.streams.training_trainer import make_trainer
@@ -119,7 +125,8 @@ class StreamModule(lightning.LightningModule):
     @torch.no_grad()
     def evaluate(self, source: Source, batches: int) -> Evaluated:
         """Losses and answers on the first batches of a source; nothing of the training changes."""
-        means, state, sample = Means(measured(self.kinds)).to(self.device), None, None
+        means = Means([*measured(self.kinds), *SKIPPED]).to(self.device)
+        state, sample = None, None
         self.model.eval()
         for number in range(batches):
             batch = self.transfer_batch_to_device(source.batch(number), self.device, 0)
@@ -129,9 +136,16 @@ class StreamModule(lightning.LightningModule):
             state = read.state if self.config.carries else None
             tokens = self._next_token(read, batch, total)
             self._count(means, tokens, read, batch, draw)
+            means.update("nonfinite_rows", read.nonfinite)
             sample = sample or sample_answer(batch, tokens, self._tokenizer)
         self.model.train()
         return Evaluated(means.take(), sample)
+
+    def validation_step(self, source: Source, batch_idx: int) -> None:
+        """Evaluate when Lightning says so; in a folder, `RunFolder` does."""
+        means = self.evaluate(source, self.config.train.validation_batches).means
+        found = {f"val_{name}": value for name, value in means.items()}
+        self.log_dict(found, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and the schedule with one step of it per optimiser step."""
@@ -362,10 +376,9 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
             train.start is a model of another config; data or trainer.* that cannot be.
     """
     data = StreamDataModule(config)
-    validation = open_source(config, validation=True) if config.train.validate_every else None
     if config.data.kind == "mixture":
         _try_mixture(data.source, config)
-    folder = RunFolder(config, output, data.source, validation, quiet=quiet)
+    folder = RunFolder(config, output, data, quiet=quiet)
     if config.threads:
         torch.set_num_threads(config.threads)
     lightning.seed_everything(config.seed, verbose=False)

@@ -129,16 +129,28 @@ def _leave_signals(worker: int) -> None:
 
 
 class StreamDataModule(lightning.LightningDataModule):
-    """Data of a run for Lightning, going on where the module's last step ended."""
+    """Data of a run for Lightning, going on where the module's last step ended.
+
+    Raises:
+        ValueError: it does not fit the model or the lengths, or what is held out is trained on.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
         self.source = open_source(config)
+        held_out = config.train.validate_every > 0
+        self.validation = open_source(config, validation=True) if held_out else None
 
     def train_dataloader(self) -> LaneLoader:
         first = self.trainer.lightning_module.cursor
         return LaneLoader(self.source, first, self.config.data.workers)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """All of a validation as one batch: the module's step takes its batches from the source."""
+        if self.validation is None:
+            return []
+        return DataLoader([self.validation], batch_size=None)
 
 
 def open_source(config: TrainConfig, *, validation: bool = False) -> Source:

@@ -28,13 +28,13 @@ from wakesleep.streams.optimizers import make_optimizer
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import (
-    Source,
+    StreamDataModule,
     answer_kinds,
     data_key,
     open_tokenizer,
     text_tokenizer,
 )
-from wakesleep.streams.training_metrics import counted, line, measured
+from wakesleep.streams.training_metrics import SKIPPED, counted, line, measured
 from wakesleep.streams.training_resume import (
     compare_settings,
     read_checkpoint,
@@ -56,17 +56,18 @@ class RunFolder(lightning.Callback):
     """Writes what a run leaves behind, every so many steps, and obeys signals."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        training: Source,
-        validation: Source | None,
-        quiet: bool = False,
+        self, config: TrainConfig, folder: Path, data: StreamDataModule, quiet: bool = False
     ) -> None:
-        self.config, self.folder, self.validation, self.quiet = config, folder, validation, quiet
-        self._data = [[data_key(config), training.fingerprint]]
-        if validation is not None:
-            self._data.append([data_key(config, validation=True), validation.fingerprint])
+        self.config, self.folder, self.validation, self.quiet = (
+            config,
+            folder,
+            data.validation,
+            quiet,
+        )
+        self._data = [[data_key(config), data.source.fingerprint]]
+        if data.validation is not None:
+            held_out = data_key(config, validation=True)
+            self._data.append([held_out, data.validation.fingerprint])
         self._tokenizer = open_tokenizer(config).json
         self.best: float | None = None  # lowest val_loss so far
         self.seconds = 0.0  # of training in all calls, up to the last line
@@ -75,7 +76,7 @@ class RunFolder(lightning.Callback):
         self._mark = (0.0, 0, 0)  # clock, step and tokens of the last line
         self._saved = (0.0, 0)  # clock and step of the last checkpoint
         kinds = answer_kinds(config)
-        validated = [f"val_{name}" for name in measured(kinds)]
+        validated = [f"val_{name}" for name in (*measured(kinds), *SKIPPED)]
         self._columns = [*COLUMNS, *counted(kinds), *validated]
         self._flops = TRAINING_FLOPS * token_flops(config.model)
 

@@ -59,6 +59,7 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
         "enable_model_summary": False,
         "enable_progress_bar": bar,
         "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,  # the folder validates by train.validate_every
         "log_every_n_steps": 0,  # loggers get the lines of metrics.csv
         "default_root_dir": str(folder.folder),
     }

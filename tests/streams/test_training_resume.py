@@ -4,8 +4,10 @@ import csv
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,3 +114,19 @@ def test_tokens_are_those_that_were_read(tmp_path):
     words = ["trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=3"]
     train(recipe(*words), tmp_path / "run")
     assert [int(row["tokens"]) for row in rows(tmp_path / "run")] == [3 * 128, 6 * 128, 9 * 128]
+
+
+def test_documents_under_bf16_with_accumulation_go_on_with_the_same_bits(tmp_path, monkeypatch):
+    for number, length in enumerate((300, 400, 250)):
+        ids = np.random.default_rng(number).integers(0, 64, length)
+        np.save(tmp_path / f"{number}.npy", ids)
+    words = [
+        *("data.kind=text", f"data.paths=[{tmp_path}]", "admission.keep_all_share=0"),
+        *("train.bf16=true", "trainer.accumulate_grad_batches=2", "train.segments_per_step=2"),
+    ]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        at_step(patch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        train(recipe(*words), tmp_path / "cut")
+    train(recipe(*words), tmp_path / "cut", resume=True)
+    train(recipe(*words), tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
