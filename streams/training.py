@@ -16,10 +16,9 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from wakesleep.streams.config import as_dict, flat
+from wakesleep.streams.config import as_dict
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own, pasts_of
 from wakesleep.streams.errors import Refused, TrainingFailed
-from wakesleep.streams.language_model import DEFAULT
 from wakesleep.streams.optimizers import make_optimizer, part_norms
 from wakesleep.streams.ranks import ALONE, Ranks
 from wakesleep.streams.rng import rng_states, set_rng_states
@@ -45,17 +44,16 @@ from wakesleep.streams.training_metrics import (
 )
 from wakesleep.streams.training_run import RunFolder
 from wakesleep.streams.training_samples import sample_answer
+from wakesleep.streams.training_start import start_from, try_mixture
 from wakesleep.streams.training_trainer import make_trainer
 from wakesleep.streams.unroll import TokenLoss, Unrolled, last_stored, next_token_loss, unroll
 from wakesleep.ttl.model import TTLModel
-from wakesleep.ttl.model_io import load_model
 from wakesleep.ttl.state import StreamState, detach, flatten, to, unflatten
 
 __all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "prepare", "train"]
 
 CHECKPOINT_KEY = "wakesleep"
 VERSION = 3  # of what is under that key
-TRIED = 16  # sequences that are made before a run begins, to see whether they can be
 VALIDATION = 1 << 41  # the draws of validation batches are numbered from here
 
 
@@ -377,7 +375,7 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
     """
     data = StreamDataModule(config)
     if config.data.kind == "mixture":
-        _try_mixture(data.source, config)
+        try_mixture(data.source, config)
     folder = RunFolder(config, output, data, quiet=quiet)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -385,7 +383,7 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
     module = StreamModule(config)
     trainer = make_trainer(config, folder)
     if config.train.start is not None:
-        _start_from(module.model, config)
+        start_from(module.model, config)
     make_optimizer(module.model, config.optim)  # one that cannot be is refused here
     Ranks(trainer.global_rank, trainer.world_size).check(config.train.lanes)
     if trainer.is_global_zero:  # the others begin when it has made the folder
@@ -396,43 +394,6 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
 def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[str, Any]:
     """Prepare a run and carry it out; raises what both do."""
     return prepare(config, output, resume=resume).carry_out()
-
-
-def _try_mixture(source: Source, config: TrainConfig) -> None:
-    """Refuse sequences without room for what they are made of; other tasks know their length."""
-    try:
-        for number in range(-(-TRIED // config.train.lanes)):
-            source.batch(number)
-    except ValueError as error:
-        what = f"train.sequence_len={config.train.sequence_len} is too short for data.kind=mixture"
-        raise Refused(what, "", "Take longer sequences.") from error
-
-
-def _start_from(model: TTLModel, config: TrainConfig) -> None:
-    """Take the weights of a model folder; optimiser and data begin afresh.
-
-    The window and the store's capacity may be other ones: no weight depends on them. Layers
-    may lack the memory, the store or the fast weights that they have there: a twin without a part.
-    They may have fast weights that they lack there: until something is written, these say nothing.
-    And those may be of another kind: the read has the same weights.
-    """
-    shipped = config.train.start == "default"
-    found = load_model(DEFAULT if shipped else config.train.start)
-    before, now = flat(found.config), flat(config.model)
-    for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
-        parts = ("memory_layers", "store_layers", "fast_layers")
-        fewer = key in parts and set(now[key]) <= set(before[key])
-        fast = before["fast_layers"] and now["fast_layers"]
-        unread = key.startswith("fast.") and (key != "fast.write" or not fast)
-        unread = unread or (key == "fast_layers" and not before[key])
-        if before.get(key) != now.get(key) and not fewer and not unread:
-            raise Refused(
-                f"model.{key} is {before.get(key)} there and {now.get(key)} here",
-                f"train.start={config.train.start}",
-                "Start from a model of the same config.",
-            )
-    there = found.state_dict()
-    model.load_state_dict({name: there.get(name, own) for name, own in model.state_dict().items()})
 
 
 def _finite(x: Tensor | None) -> bool:
