@@ -1,4 +1,4 @@
-"""Refusals: what a caller is told when an input cannot be taken."""
+"""What a caller is told when an input cannot be taken, or a training cannot go on."""
 
 
 class Refused(ValueError):
@@ -6,6 +6,10 @@ class Refused(ValueError):
 
     def __init__(self, what: str, where: str = "", remedy: str = ""):
         super().__init__("\n".join(printable(line) for line in (what, where, remedy) if line))
+
+
+class TrainingFailed(RuntimeError):
+    """A number is not finite; the last checkpoint is as it was."""
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,3 +30,16 @@ def map_ids(path: str | Path, key: str) -> np.ndarray:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise Refused(f"{key}: {path}: expected a row of ids, got {ids.dtype} {ids.shape}")
     return ids
+
+
+def ids_sha256(ids: np.ndarray) -> str:
+    """The hash of some ids, whatever whole numbers they are kept as."""
+    digest, step = hashlib.sha256(), 1 << 20
+    for start in range(0, len(ids), step):
+        digest.update(np.ascontiguousarray(ids[start : start + step], dtype="<u4"))
+    return digest.hexdigest()
+
+
+def fingerprint(hashes: Iterable[str]) -> str:
+    """One hash for several, in their order."""
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()

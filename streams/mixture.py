@@ -6,11 +6,10 @@ B lanes, T tokens each, N answers.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 from wakesleep.streams.babi import spread_babi, write_babi
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.facts import FactMaker
-from wakesleep.streams.id_files import map_ids
+from wakesleep.streams.id_files import fingerprint, ids_sha256, map_ids
 from wakesleep.streams.sequences import (
     ANSWER_KINDS,
     BABI,
@@ -32,9 +31,11 @@ from wakesleep.streams.sequences import (
 )
 from wakesleep.streams.stories import write_story
 from wakesleep.streams.tokenizer import Tokenizer
+from wakesleep.ttl.config_json import parse_json
 
 EXCERPT = 128  # tokens around a hard place
 SORTS = ("pairs", "dense", "recall", "changes", "stories", "babi", "babi_in_text", "language")
+STAGED = ("facts_min", "facts_max", "far")  # keys of RecallConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class MixtureConfig:
     """Which sequences a run reads, in stages.
 
     Each share is one number for the whole run, or one for each stage; the shares of a stage are
-    taken relative to their sum.
+    taken relative to their sum. So are the three keys of `facts` that may change on the way.
     """
 
     corpus: str = ""  # .npy of scripts/build_corpus.py: noise and language
@@ -64,6 +65,9 @@ class MixtureConfig:
     babi_open: float = 0.0  # share of these stories with people, places and things of our own lists
     language: tuple[float, ...] = (0.15,)  # text alone
     facts: RecallConfig = field(default_factory=RecallConfig)
+    facts_min: tuple[int, ...] = ()  # in the place of facts.facts_min; () leaves it
+    facts_max: tuple[int, ...] = ()
+    far: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if list(self.stage_tokens) != sorted(self.stage_tokens):
@@ -81,7 +85,11 @@ class MixtureConfig:
                     f"{name} must be one share or one for each of the {stages} stages, "
                     f"0 or more, not {shares}"
                 )
+        for name in STAGED:
+            if len(getattr(self, name)) not in (0, 1, stages):
+                raise ValueError(f"{name} must be one number or one for each of {stages} stages")
         for stage in range(stages):
+            self.facts_at(stage)  # checks them
             if not sum(self.shares(stage)) > 0:
                 raise ValueError(f"a share must be above 0 in every stage; stage {stage + 1}: none")
 
@@ -89,6 +97,11 @@ class MixtureConfig:
         """Shares of `SORTS` in a stage, counted from 0."""
         rows = [getattr(self, name) for name in SORTS]
         return [row[stage] if len(row) > 1 else row[0] for row in rows]
+
+    def facts_at(self, stage: int) -> RecallConfig:
+        """How facts are spread in a stage, counted from 0."""
+        given = {name: row for name in STAGED if (row := getattr(self, name))}
+        return replace(self.facts, **{name: row[stage % len(row)] for name, row in given.items()})
 
 
 class Mixture:
@@ -108,19 +121,28 @@ class Mixture:
     ) -> None:
         self.config, self.sequence_len, self.seed = config, sequence_len, seed
         self.split = "validation" if validation else "train"
-        self.tokenizer = _load_tokenizer(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer)
         name = "validation_corpus" if validation else "corpus"
-        self.corpus = _open_corpus(getattr(config, name), name, self.tokenizer)
+        path, name = getattr(config, name), f"data.mixture.{name}"
+        self.corpus = _open_corpus(path, name, self.tokenizer)
         if len(self.corpus) <= sequence_len:
             raise ValueError(
-                f"sequence_len must be below the {len(self.corpus):,} tokens of {name}, "
+                f"train.sequence_len must be below the {len(self.corpus):,} tokens of {name}, "
                 f"not {sequence_len:,}"
             )
         self.hard = None
         if config.hard is not None and not validation:
-            self.hard = map_ids(config.hard, "hard")
+            self.hard = map_ids(config.hard, "data.mixture.hard")
             if not len(self.hard) or self.hard.max() >= len(self.corpus):
-                raise ValueError(f"hard={config.hard} has no places, or not those of {name}")
+                raise ValueError(
+                    f"data.mixture.hard={config.hard} has no places, or not those of {name}"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """One for all files that the sequences are made of."""
+        parts = (self.tokenizer.sha256, ids_sha256(self.corpus))
+        return fingerprint([*parts, *([] if self.hard is None else [ids_sha256(self.hard)])])
 
     def batch(self, step: int, lanes: int) -> dict[str, np.ndarray]:
         """One sequence per lane.
@@ -149,7 +171,7 @@ class Mixture:
     def sequence(self, step: int, lane: int, stage: int) -> Sequence:
         """The sequence of one lane in a stage (counted from 0)."""
         draw = random.Random(f"{self.split} {self.seed} {step} {lane}")
-        facts = self.config.facts
+        facts = self.config.facts_at(stage)
         (sort,) = draw.choices(SORTS, self.config.shares(stage))
         page = Page(self.tokenizer, draw, self.sequence_len, facts)
         shares = {name: getattr(facts, name) for name in ("similar", "shared", "restated")}
@@ -182,7 +204,8 @@ class Mixture:
         return np.concatenate([self.corpus[s : s + EXCERPT] for s in starts])[:length]
 
 
-def _load_tokenizer(path: str | None) -> Tokenizer:
+def load_tokenizer(path: str | None) -> Tokenizer:
+    """The tokenizer of that file, or the one that is shipped."""
     if path is not None:
         return Tokenizer.load(path)
     shipped = resources.files("wakesleep.streams") / "data" / "default" / "tokenizer.json"
@@ -196,7 +219,7 @@ def _open_corpus(path: str, name: str, tokenizer: Tokenizer) -> np.ndarray:
     ids, beside = map_ids(path, name), Path(path).with_suffix(".json")
     if not beside.is_file():
         raise Refused(f"{name}: {beside} is missing", "", "scripts/build_corpus.py writes both")
-    index = json.loads(beside.read_text(encoding="utf-8"))
-    if index["tokenizer_sha256"] != tokenizer.sha256:
+    index = parse_json(beside.read_bytes(), str(beside))
+    if type(index) is not dict or index.get("tokenizer_sha256") != tokenizer.sha256:
         raise ValueError(f"{name}={path} is of another tokenizer; build it again with this one")
     return ids

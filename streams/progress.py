@@ -7,13 +7,12 @@ appear above it as they are answered.
 from __future__ import annotations
 
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from wakesleep.streams.bar import Bar, on_terminal
 from wakesleep.streams.console import Console, shortened
 from wakesleep.streams.quantities import count, duration
 
@@ -38,7 +37,7 @@ class Progress:
         self._total = total
         self._clock = clock
         self._shown_at = -math.inf
-        self._bar = _Bar(total) if on_terminal() and not console.quiet else None
+        self._bar = Bar(total) if on_terminal() and not console.quiet else None
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -55,7 +54,8 @@ class Progress:
         """Show one line of metrics; without a terminal at most one every ten seconds."""
         now = self._clock()
         if self._bar:
-            self._bar.move(line)
+            place = [progressed(line["tokens"], self._total), *time_left(line, self._total)]
+            self._bar.move(line["tokens"], ", ".join(place), figures(line))
         elif now - self._shown_at >= LINE_EVERY:
             self._shown_at = now
             words = [progressed(line["tokens"], self._total), figures(line)]
@@ -71,7 +71,7 @@ class Progress:
     def sleeping(self, tokens: int) -> None:
         """Show that it sleeps now."""
         if self._bar:
-            self._bar.sleep()
+            self._bar.say("asleep")
 
     def slept(self, line: Mapping[str, Any]) -> None:
         """Show what a sleep came to."""
@@ -83,11 +83,6 @@ class Progress:
             self._bar.print(text)
         else:
             self._console.say(text)
-
-
-def on_terminal() -> bool:
-    """Tell whether people look at stderr on a screen that can redraw a line."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
 
 
 def dream(line: Mapping[str, Any]) -> str:
@@ -138,51 +133,3 @@ def answered(fact: Mapping[str, Any]) -> str:
     question = shortened(fact["question"], MAX_QUESTION)
     age = count(fact["age_tokens"])
     return f"{question:<{QUESTION_WIDTH}}  {given}  ({verdict}; {age} tokens ago)"
-
-
-class _Bar:
-    """Two lines that rich keeps redrawing on stderr: a bar with the place, and the figures.
-
-    Text goes in as it is: no mark-up, no colours of numbers.
-    """
-
-    def __init__(self, total: float) -> None:
-        from rich.console import Console as Screen
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Live
-        from rich.table import Column
-
-        self._total = total
-        self._live = Live(
-            BarColumn(bar_width=20),
-            TextColumn(
-                "{task.description}",
-                markup=False,
-                table_column=Column(no_wrap=True, overflow="ellipsis"),
-            ),
-            console=Screen(stderr=True, highlight=False, markup=False),
-            refresh_per_second=4,
-            transient=True,
-        )
-        known = total if math.isfinite(total) else None
-        self._task = self._live.add_task("", total=known)
-
-    def start(self) -> None:
-        self._live.start()
-
-    def stop(self) -> None:
-        self._live.stop()
-
-    def move(self, line: Mapping[str, Any]) -> None:
-        place = ", ".join([progressed(line["tokens"], self._total), *time_left(line, self._total)])
-        self._live.update(
-            self._task, completed=line["tokens"], description=f"{place}\n{figures(line)}"
-        )
-
-    def sleep(self) -> None:
-        task = self._live.tasks[0]
-        place = str(task.description).partition("\n")[0]
-        self._live.update(self._task, description=f"{place}\nasleep")
-
-    def print(self, text: str) -> None:
-        self._live.console.print(text, soft_wrap=True)

@@ -67,6 +67,13 @@ class Ranks(NamedTuple):
         """Whether it is so on any rank."""
         return found if self.world == 1 else bool(self.sum(torch.tensor(int(found), device=device)))
 
+    def first(self, text: str) -> str:
+        """What the first rank has to say that says anything."""
+        texts = [text] * self.world
+        if self.world > 1:
+            dist.all_gather_object(texts, text)
+        return next(filter(None, texts), "")
+
     def _gathered(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.world)]

@@ -93,9 +93,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a tokenizer.json."""
-        with open(path, "rb") as file:
-            content = file.read(MAX_FILE + 1)
+        """Read a tokenizer.json.
+
+        Raises:
+            Refused: there is none, or what it holds is no tokenizer of ours.
+        """
+        try:
+            with open(path, "rb") as file:
+                content = file.read(MAX_FILE + 1)
+        except OSError as error:
+            raise Refused(f"{path}: no tokenizer can be read there ({error.strerror})") from error
         if len(content) > MAX_FILE:
             raise Refused(f"{path}: a tokenizer holds at most {MAX_FILE:,} bytes")
         return cls(content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wakesleep.streams.console import Console, typed
-from wakesleep.streams.errors import Refused
+from wakesleep.streams.errors import Refused, TrainingFailed
 from wakesleep.streams.quantities import count
 from wakesleep.streams.stopping import Stopped
 
@@ -82,8 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
         console.result({"steps": steps, "tokens_per_step": tokens, "output": str(output)}, plan)
         return 0
     if not prepared.trainer.is_global_zero:  # of several processes the first one speaks
-        with contextlib.suppress(Stopped):
+        try:
             prepared.carry_out()
+        except (Stopped, TrainingFailed) as error:
+            return int(isinstance(error, TrainingFailed))
         return 0
     again = f"Ctrl-C saves and stops; go on with: {_again(arguments)}"
     console.say(f"{plan}\n{again}\n{flop_table(config.model)}")
@@ -93,6 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
         console.warn(f"stopped and saved; go on with: {_again(arguments)}")
         raise
     console.result(result, _ending(result, output))
+    if result["steps"] < steps:
+        early = f"a limit of trainer.* ended it before step {steps:,}"
+        console.warn(f"{early}; raise that and go on with: {_again(arguments)}")
     return 0
 
 
@@ -134,10 +138,10 @@ def _ending(result: dict[str, Any], output: Path) -> str:
     models = " and ".join(
         str(output / name) for name in ("last", "best") if (output / name).is_dir()
     )
-    return (
-        f"{result['steps']:,} steps trained; model: {models}\n"
-        f"next: wakesleep stream DOC model={typed(output / 'last')}"
-    )
+    following = f"wakesleep stream DOC model={typed(output / 'last')}"
+    if not result["reads_text"]:  # ids that stand for no text
+        following = f"wakesleep.ttl.load_model({str(output / 'last')!r}) in Python"
+    return f"{result['steps']:,} steps trained; model: {models}\nnext: {following}"
 
 
 def _again(arguments: argparse.Namespace) -> str:

@@ -8,9 +8,7 @@
 from __future__ import annotations
 
 import math
-import pickle
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +16,9 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from wakesleep.streams.config import as_dict, flat
+from wakesleep.streams.config import as_dict
 from wakesleep.streams.distractors import Pool, Ring, collect, empty_pool, own, pasts_of
-from wakesleep.streams.errors import Refused
-from wakesleep.streams.language_model import DEFAULT
+from wakesleep.streams.errors import Refused, TrainingFailed
 from wakesleep.streams.optimizers import make_optimizer, part_norms
 from wakesleep.streams.ranks import ALONE, Ranks
 from wakesleep.streams.rng import rng_states, set_rng_states
@@ -32,18 +29,25 @@ from wakesleep.streams.training_data import (
     Source,
     StreamDataModule,
     answer_kinds,
-    open_source,
     text_tokenizer,
 )
 from wakesleep.streams.training_draws import Blind, Draw, draw_blind, draw_step, never
 from wakesleep.streams.training_health import GateMeans, add_health
 from wakesleep.streams.training_key_space import KeySpaces
-from wakesleep.streams.training_metrics import Means, add_answers, add_losses, counted, measured
-from wakesleep.streams.training_run import RunFolder, make_trainer
+from wakesleep.streams.training_metrics import (
+    SKIPPED,
+    Means,
+    add_answers,
+    add_losses,
+    counted,
+    measured,
+)
+from wakesleep.streams.training_run import RunFolder
 from wakesleep.streams.training_samples import sample_answer
+from wakesleep.streams.training_start import start_from, try_mixture
+from wakesleep.streams.training_trainer import make_trainer
 from wakesleep.streams.unroll import TokenLoss, Unrolled, last_stored, next_token_loss, unroll
 from wakesleep.ttl.model import TTLModel
-from wakesleep.ttl.model_io import load_model
 from wakesleep.ttl.state import StreamState, detach, flatten, to, unflatten
 
 __all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "prepare", "train"]
@@ -51,10 +55,6 @@ __all__ = ["StreamDataModule", "StreamModule", "TrainingFailed", "prepare", "tra
 CHECKPOINT_KEY = "wakesleep"
 VERSION = 3  # of what is under that key
 VALIDATION = 1 << 41  # the draws of validation batches are numbered from here
-
-
-class TrainingFailed(RuntimeError):
-    """A number is not finite; the last checkpoint is as it was."""
 
 
 class Evaluated(NamedTuple):
@@ -78,6 +78,7 @@ class StreamModule(lightning.LightningModule):
         self.ranks = ALONE
         self._gates, self._key_spaces = GateMeans(self.model), KeySpaces(self.model)
         self._failed: TrainingFailed | None = None  # in this step; raised when all ranks know
+        self._ending = False  # somebody ends the run behind this step
         self._rng: dict[str, Any] | None = None  # of a checkpoint, until training starts
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -104,6 +105,8 @@ class StreamModule(lightning.LightningModule):
             loss = loss + admission.weight * self._teach(read, batch)
         self._failed = self._failed or self._fault(loss, tokens, read)
         self._count(self.means, tokens, read, batch, draw)
+        if self._trainer is not None:  # there is none where a step alone is called
+            self.log("loss", tokens.loss.detach(), prog_bar=True)
         self._gates.add_to(self.means)
         add_health(self.means, read.state, read.surprise)
         if self.config.train.sleep_drop:  # on every rank, or those that wait would wait for ever
@@ -120,7 +123,8 @@ class StreamModule(lightning.LightningModule):
     @torch.no_grad()
     def evaluate(self, source: Source, batches: int) -> Evaluated:
         """Losses and answers on the first batches of a source; nothing of the training changes."""
-        means, state, sample = Means(measured(self.kinds)).to(self.device), None, None
+        means = Means([*measured(self.kinds), *SKIPPED]).to(self.device)
+        state, sample = None, None
         self.model.eval()
         for number in range(batches):
             batch = self.transfer_batch_to_device(source.batch(number), self.device, 0)
@@ -130,9 +134,16 @@ class StreamModule(lightning.LightningModule):
             state = read.state if self.config.carries else None
             tokens = self._next_token(read, batch, total)
             self._count(means, tokens, read, batch, draw)
+            means.update("nonfinite_rows", read.nonfinite)
             sample = sample or sample_answer(batch, tokens, self._tokenizer)
         self.model.train()
         return Evaluated(means.take(), sample)
+
+    def validation_step(self, source: Source, batch_idx: int) -> None:
+        """Evaluate when Lightning says so; in a folder, `RunFolder` does."""
+        means = self.evaluate(source, self.config.train.validation_batches).means
+        found = {f"val_{name}": value for name, value in means.items()}
+        self.log_dict(found, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and the schedule with one step of it per optimiser step."""
@@ -149,12 +160,18 @@ class StreamModule(lightning.LightningModule):
         """From the next step on, queries and keys are seen by what this one has shown."""
         self._key_spaces.follow()
 
+    def on_train_batch_end(self, outputs, batch: Batch, batch_idx: int) -> None:
+        """Let whoever ends the run wait for the step: no checkpoint has half of its gradient."""
+        trainer, whole = self.trainer, (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        self._ending = self._ending or trainer.should_stop
+        trainer.should_stop = self._ending and (whole or trainer.is_last_batch)
+
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
     ) -> None:
         """Clip by the norm of the whole gradient, note norms, stop where one is not finite."""
         if self.ranks.any(self._failed is not None, self.device):
-            raise self._failed or TrainingFailed("another process found what is not finite")
+            raise TrainingFailed(self.ranks.first(str(self._failed or "")))
         limit, norms = gradient_clip_val or math.inf, part_norms(self.model)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True))
         if not math.isfinite(norm):
@@ -210,9 +227,9 @@ class StreamModule(lightning.LightningModule):
         """
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None or saved["version"] != VERSION:
-            raise Refused("this checkpoint was not written by this version of `wakesleep train`")
+            raise Refused("it was not written by this version of `wakesleep train`")
         if saved["model"] != as_dict(self.config.model):
-            raise Refused("this checkpoint belongs to a model with another config")
+            raise Refused("it belongs to a model with another config")
         self.cursor, self._rng = saved["cursor"], saved["rng"]
         for sums, kept in zip((self.means.sums, self.means.weights), saved["means"], strict=True):
             sums.copy_(kept if self.ranks.rank == 0 else torch.zeros_like(kept))
@@ -333,7 +350,9 @@ class Run(NamedTuple):
     folder: RunFolder
 
     def carry_out(self) -> dict[str, Any]:
-        """Train; return `{"output", "steps", "model_sha256", "resumed_at"}`, on the first rank.
+        """Train; return what the run left, on the first rank:
+
+        `{"output", "steps", "model_sha256", "reads_text", "resumed_at"}`.
 
         Raises:
             TrainingFailed: a loss or gradient is not finite.
@@ -343,10 +362,7 @@ class Run(NamedTuple):
         checkpoint = self.folder.open(write=first)
         with warnings.catch_warnings(), self.folder.signals:
             warnings.simplefilter("ignore")  # Lightning's advice on what we do not have
-            try:
-                self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
-            except (pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-                raise Refused(f"{checkpoint} is no checkpoint of this program") from error
+            self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=True)
         return self.folder.close(self.module.model, self.trainer.global_step) if first else {}
 
 
@@ -358,52 +374,26 @@ def prepare(config: TrainConfig, output: Path, *, resume: bool = False, quiet: b
             train.start is a model of another config; data or trainer.* that cannot be.
     """
     data = StreamDataModule(config)
-    validation = open_source(config, validation=True) if config.train.validate_every else None
-    folder = RunFolder(config, output, validation, quiet=quiet)
+    if config.data.kind == "mixture":
+        try_mixture(data.source, config)
+    folder = RunFolder(config, output, data, quiet=quiet)
     if config.threads:
         torch.set_num_threads(config.threads)
     lightning.seed_everything(config.seed, verbose=False)
     module = StreamModule(config)
     trainer = make_trainer(config, folder)
     if config.train.start is not None:
-        _start_from(module.model, config)
+        start_from(module.model, config)
     make_optimizer(module.model, config.optim)  # one that cannot be is refused here
     Ranks(trainer.global_rank, trainer.world_size).check(config.train.lanes)
     if trainer.is_global_zero:  # the others begin when it has made the folder
-        folder.check(resume)
+        folder.check(module, resume)
     return Run(module, data, trainer, folder)
 
 
 def train(config: TrainConfig, output: Path, *, resume: bool = False) -> dict[str, Any]:
     """Prepare a run and carry it out; raises what both do."""
     return prepare(config, output, resume=resume).carry_out()
-
-
-def _start_from(model: TTLModel, config: TrainConfig) -> None:
-    """Take the weights of a model folder; optimiser and data begin afresh.
-
-    The window and the store's capacity may be other ones: no weight depends on them. Layers
-    may lack the memory, the store or the fast weights that they have there: a twin without a part.
-    They may have fast weights that they lack there: until something is written, these say nothing.
-    And those may be of another kind: the read has the same weights.
-    """
-    shipped = config.train.start == "default"
-    found = load_model(DEFAULT if shipped else config.train.start)
-    before, now = flat(found.config), flat(config.model)
-    for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
-        parts = ("memory_layers", "store_layers", "fast_layers")
-        fewer = key in parts and set(now[key]) <= set(before[key])
-        fast = before["fast_layers"] and now["fast_layers"]
-        unread = key.startswith("fast.") and (key != "fast.write" or not fast)
-        unread = unread or (key == "fast_layers" and not before[key])
-        if before.get(key) != now.get(key) and not fewer and not unread:
-            raise Refused(
-                f"model.{key} is {before.get(key)} there and {now.get(key)} here",
-                f"train.start={config.train.start}",
-                "Start from a model of the same config.",
-            )
-    there = found.state_dict()
-    model.load_state_dict({name: there.get(name, own) for name, own in model.state_dict().items()})
 
 
 def _finite(x: Tensor | None) -> bool:

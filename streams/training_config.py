@@ -44,7 +44,9 @@ class AdmissionConfig:
         _require(0 < self.room[0] <= self.room[1], "room", "two increasing numbers", self.room)
         _require(self.rank_max >= 0, "rank_max", "at least 0", self.rank_max)
         _require(self.threshold > 0, "threshold", "above 0", self.threshold)
-        _require(self.positive_weight > 0, "positive_weight", "above 0", self.positive_weight)
+        good = 0 < self.positive_weight < math.inf
+        _require(good, "positive_weight", "a number above 0", self.positive_weight)
+        _require(math.isfinite(self.weight), "weight", "a finite number", self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +65,13 @@ class OptimConfig:
     clip: float = 1.0  # norm of the whole gradient
 
     def __post_init__(self) -> None:
-        for name in ("lr", "lr_rest", "clip"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        _require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        for name in ("lr", "lr_rest"):
+            good = 0 < getattr(self, name) < math.inf
+            _require(good, name, "a number above 0", getattr(self, name))
+        _require(self.clip > 0, "clip", "above 0", self.clip)
+        good = 0 <= self.weight_decay < math.inf
+        _require(good, "weight_decay", "a number of at least 0", self.weight_decay)
+        _require(all(0 <= b < 1 for b in self.betas), "betas", "at least 0, below 1", self.betas)
         _require(self.warmup >= 0, "warmup", "at least 0", self.warmup)
         for name in ("floor", "decay"):
             _require(0 <= getattr(self, name) <= 1, name, "between 0 and 1", getattr(self, name))
@@ -114,12 +120,14 @@ class StepConfig:
         _require(
             self.save_every is None or self.save_every > 0, "save_every", "above 0", self.save_every
         )
-        for name in ("steps", "lanes", "sequence_len", "segments_per_step"):
+        counts = ("steps", "lanes", "sequence_len", "segments_per_step", "validation_batches")
+        for name in counts:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         _require(self.log_every > 0, "log_every", "above 0", self.log_every)
         _require(self.validate_every >= 0, "validate_every", "at least 0", self.validate_every)
         for name in ("z_loss", "blind_weight"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+            good = 0 <= getattr(self, name) < math.inf
+            _require(good, name, "a number of at least 0", getattr(self, name))
         _require(all(1 <= n <= 64 for n in self.passes), "passes", "from 1 to 64", self.passes)
         _require(self.sleep_pairs > 0, "sleep_pairs", "above 0", self.sleep_pairs)
         for name in ("blind_share", "window_dropout", "sleep_drop"):
@@ -147,6 +155,7 @@ class DataConfig:
     paths: tuple[str, ...] = ()  # text: files or folders
     validation_paths: tuple[str, ...] = ()  # text: documents held out
     validation_documents: int = 0  # text: in their place, so many of data.paths, the last ones
+    tokenizer: str | None = None  # text: tokenizer.json of the ids; none: the one that is shipped
     workers: int = 0  # processes that make batches ahead of the model; 0: it waits for each
 
     def __post_init__(self) -> None:
@@ -175,10 +184,15 @@ class TrainConfig:
     trainer: dict[str, Any] = field(default_factory=dict)  # keyword arguments of lightning.Trainer
 
     def __post_init__(self) -> None:
+        _require(0 <= self.seed < 1 << 32, "seed", "from 0 to 4294967295", self.seed)
+        _require(self.threads is None or self.threads > 0, "threads", "above 0", self.threads)
         for name in ("max_steps", "accumulate_grad_batches"):
             value = self.trainer.get(name, 1)
-            good = isinstance(value, int) and value > 0
+            good = type(value) is int and value > 0  # a bool is an int, too
             _require(good, f"trainer.{name}", "a whole number above 0", value)
+        epochs = self.trainer.get("max_epochs", -1)
+        good = type(epochs) is int and epochs >= -1
+        _require(good, "trainer.max_epochs", "a whole number, or -1 for no limit", epochs)
         if self.train.segment % self.model.chunk:
             raise ValueError(
                 f"a segment (train.sequence_len / train.segments_per_step = {self.train.segment} "

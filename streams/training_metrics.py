@@ -23,6 +23,7 @@ DECADES = ("age_1", "age_10", "age_100", "age_1k", "age_10k", "age_100k")
 PLACES = ("inside", "outside", "outside_kept", "outside_selected")
 TAUGHT = ("loss_blind", "loss_admission", "precision", "recall", "needed", "noise_above")
 LOSSES = ("loss", "loss_answers", "loss_rest", "bits_per_byte", "bits_per_byte_far")
+SKIPPED = ("nonfinite_rows",)  # of a validation batch; in training one of them stops the run
 FACTS = ("noise_above_facts", "facts_kept")
 
 

@@ -11,37 +11,44 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
+import math
 import os
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from wakesleep.streams.config import flat, load_config, to_yaml
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.optimizers import make_optimizer
 from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_data import Source, answer_kinds, tokenizer_json
-from wakesleep.streams.training_loggers import open_loggers
-from wakesleep.streams.training_metrics import counted, line, measured
-from wakesleep.ttl.config_json import parse_json
+from wakesleep.streams.training_data import (
+    StreamDataModule,
+    answer_kinds,
+    data_key,
+    open_tokenizer,
+    text_tokenizer,
+)
+from wakesleep.streams.training_metrics import SKIPPED, counted, line, measured
+from wakesleep.streams.training_resume import (
+    compare_settings,
+    read_checkpoint,
+    read_lines,
+    read_record,
+    unusable,
+)
 from wakesleep.ttl.files import write_atomically
 from wakesleep.ttl.flops import token_flops
 from wakesleep.ttl.model_io import model_sha256, save_model
 
-# may change on resume
-FREE = ("train.save_every", "train.log_every", "threads", "device", "logger", "data.workers")
 COLUMNS = ("step", "tokens", "seconds", "tokens_per_second", "flops_per_second", "lr")
 TRAINING_FLOPS = 3  # forward and backward pass, of a forward pass; nothing computed again
+REMEDY = "Choose another --output."
 SAVE_SECONDS = 300.0  # between checkpoints where no number of steps is given
 
 
@@ -49,17 +56,27 @@ class RunFolder(lightning.Callback):
     """Writes what a run leaves behind, every so many steps, and obeys signals."""
 
     def __init__(
-        self, config: TrainConfig, folder: Path, validation: Source | None, quiet: bool = False
+        self, config: TrainConfig, folder: Path, data: StreamDataModule, quiet: bool = False
     ) -> None:
-        self.config, self.folder, self.validation, self.quiet = config, folder, validation, quiet
+        self.config, self.folder, self.validation, self.quiet = (
+            config,
+            folder,
+            data.validation,
+            quiet,
+        )
+        self._data = [[data_key(config), data.source.fingerprint]]
+        if data.validation is not None:
+            held_out = data_key(config, validation=True)
+            self._data.append([held_out, data.validation.fingerprint])
+        self._tokenizer = open_tokenizer(config).json
         self.best: float | None = None  # lowest val_loss so far
         self.seconds = 0.0  # of training in all calls, up to the last line
         self.signals = StopSignals()
         self._step = 0  # last one that was seen
-        self._mark = (0.0, 0)  # clock and step of the last line
-        self._saved = 0.0  # clock of the last checkpoint
+        self._mark = (0.0, 0, 0)  # clock, step and tokens of the last line
+        self._saved = (0.0, 0)  # clock and step of the last checkpoint
         kinds = answer_kinds(config)
-        validated = [f"val_{name}" for name in measured(kinds)]
+        validated = [f"val_{name}" for name in (*measured(kinds), *SKIPPED)]
         self._columns = [*COLUMNS, *counted(kinds), *validated]
         self._flops = TRAINING_FLOPS * token_flops(config.model)
 
@@ -67,25 +84,37 @@ class RunFolder(lightning.Callback):
     def checkpoint(self) -> Path:
         return self.folder / "checkpoints" / "last.ckpt"
 
-    def check(self, resume: bool) -> None:
+    def saved_step(self) -> int:
+        """Steps that the checkpoint has behind it, 0 where there is none."""
+        return read_checkpoint(self.checkpoint)["global_step"] if self.checkpoint.exists() else 0
+
+    def check(self, module: lightning.LightningModule, resume: bool) -> None:
         """See whether the folder can be made or taken up.
 
         Raises:
-            Refused: it holds a run and `resume` is false, or a run with other settings.
+            Refused: it holds a run and `resume` is false, or a run with other settings, or a file
+                of it is damaged.
         """
+        _check_writable(self.folder)
         saved = self.folder / "config.yaml"
         if saved.exists() or self.checkpoint.exists():
             if not resume:
                 remedy = "Go on with it by --resume, or choose another --output."
                 raise Refused(f"{self.folder} holds a run", "", remedy)
             if saved.exists():
-                self._compare(load_config(TrainConfig, saved)[0])
+                compare_settings(load_config(TrainConfig, saved)[0], self.config, self.folder)
         self._record()
+        read_lines(self.folder / "metrics.csv")
+        if self.checkpoint.exists():
+            self._try_checkpoint(module)
 
     def open(self, *, write: bool = True) -> Path | None:
         """Make or take up the folder; return the checkpoint to go on from, None at the start."""
         if write:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise Refused(f"{self.folder} cannot be made", str(error), REMEDY) from error
             write_atomically(self.folder / "config.yaml", to_yaml(self.config).encode())
         return self.checkpoint if self.checkpoint.exists() else None
 
@@ -93,17 +122,20 @@ class RunFolder(lightning.Callback):
         """Say what the run left; a run that was killed between two files is made whole first."""
         self._save_model("last", model, step)
         sha256 = model_sha256(self.folder / "last")
-        return {"output": str(self.folder), "steps": step, "model_sha256": sha256, **self._record()}
+        ending = {"output": str(self.folder), "steps": step, "model_sha256": sha256}
+        return {**ending, "reads_text": text_tokenizer(self.config) is not None, **self._record()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "seconds": self.seconds}
+        since = time.monotonic() - self._mark[0]  # the last line
+        return {"best": self.best, "seconds": self.seconds + since, "data": self._data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.seconds = state["best"], state["seconds"]
 
     def on_train_start(self, trainer, module) -> None:
         self._step = step = trainer.global_step
-        self._mark, self._saved = (time.monotonic(), step), time.monotonic()
+        self._saved = (time.monotonic(), step)
+        self._mark = (*self._saved, self.config.tokens_before(module.cursor))
         self.signals.take_over()  # Lightning has put up its own
         if not trainer.is_global_zero:
             return
@@ -111,7 +143,8 @@ class RunFolder(lightning.Callback):
         write_atomically(
             self.folder / "run.json", json.dumps({"resumed_at": resumed}).encode() + b"\n"
         )
-        self._cut_metrics(step)
+        behind = not module.means.weights.any()  # was the checkpoint made behind its line?
+        self._cut_metrics(step if behind else step - 1)
         if step:
             where = f"{self.folder}: going on at step {step:,} of {self.config.total_steps:,}"
             self._say(module, f"{where}; Ctrl-C saves and stops")
@@ -134,28 +167,33 @@ class RunFolder(lightning.Callback):
         if stop:
             raise Stopped(self.signals.number or signal.SIGTERM)
 
+    def on_train_end(self, trainer, module) -> None:
+        """Keep what was trained where Lightning ends a run early: max_time, max_epochs and such."""
+        if self._step != self._saved[1]:
+            self._save(trainer, module)  # first: a resumed run writes the lines of a whole one
+            self._report(trainer, module, validate=False)
+
     def _say(self, module, text: str) -> None:
         if not self.quiet:
-            module.print(text, file=sys.stderr, flush=True)
+            module.print(text, file=sys.stderr)
 
     def _due(self, step: int, module) -> bool:
         if self.config.train.save_every is None:
-            late = time.monotonic() - self._saved >= SAVE_SECONDS
+            late = time.monotonic() - self._saved[0] >= SAVE_SECONDS
             return module.ranks.any(late, module.device)
         return step % self.config.train.save_every == 0
 
     def _report(self, trainer, module, validate: bool) -> None:
         """Add a line to metrics.csv and say it; keep the model if it is the best so far."""
-        step, (clock, before) = self._step, self._mark
-        train = self.config.train
-        tokens = train.lanes * train.sequence_len * self.config.accumulate
+        step, (clock, before, read) = self._step, self._mark
+        tokens = self.config.tokens_before(module.cursor)
         lasted = time.monotonic() - clock
         self.seconds += lasted
         row, sample = module.means.take(), None
-        speed = (step - before) * tokens / max(lasted, 1e-9)
+        speed = (tokens - read) / max(lasted, 1e-9)
         row |= {
             "step": step,
-            "tokens": step * tokens,
+            "tokens": tokens,
             "seconds": self.seconds,
             "tokens_per_second": speed,
             "flops_per_second": speed * self._flops,
@@ -163,13 +201,16 @@ class RunFolder(lightning.Callback):
         }
         if validate:
             with trainer.precision_plugin.forward_context():
-                found, sample = module.evaluate(self.validation, train.validation_batches)
+                found, sample = module.evaluate(
+                    self.validation, self.config.train.validation_batches
+                )
             row |= {f"val_{name}": value for name, value in found.items()}
-            if self.best is None or row["val_loss"] < self.best:
-                self.best = row["val_loss"]
+            loss = row["val_loss"]
+            if math.isfinite(loss) and (self.best is None or loss < self.best):
+                self.best = loss
                 if trainer.is_global_zero:
                     self._save_model("best", module.model, step)
-        self._mark = (time.monotonic(), step)
+        self._mark = (time.monotonic(), step, tokens)
         if not trainer.is_global_zero:
             return
         with open(self.folder / "metrics.csv", "a", encoding="utf-8", newline="") as file:
@@ -186,7 +227,7 @@ class RunFolder(lightning.Callback):
         """Replace the checkpoint, then the model folder `last`."""
         scratch = self.checkpoint.with_name(".last.ckpt.new")
         trainer.save_checkpoint(scratch)  # by all processes; the first one writes
-        self._saved = time.monotonic()
+        self._saved = (time.monotonic(), self._step)
         if not trainer.is_global_zero:
             return
         with open(scratch, "rb+") as file:
@@ -195,8 +236,7 @@ class RunFolder(lightning.Callback):
         self._save_model("last", module.model, self._step)
 
     def _save_model(self, name: str, model: nn.Module, step: int) -> None:
-        tokenizer = tokenizer_json(self.config)
-        save_model(self.folder / name, model, tokenizer, self._card(name, step))
+        save_model(self.folder / name, model, self._tokenizer, self._card(name, step))
 
     def _card(self, name: str, step: int) -> str:
         data = self.config.data.kind
@@ -206,94 +246,40 @@ class RunFolder(lightning.Callback):
             "All settings:\n\n```yaml\n" + to_yaml(self.config) + "```\n"
         )
 
-    def _compare(self, old: TrainConfig) -> None:
-        before, now = flat(old), flat(self.config)
-        for key in sorted(before.keys() | now.keys()):
-            free = key in FREE or key.partition(".")[0] == "trainer"
-            if not free and before.get(key) != now.get(key):
-                raise Refused(
-                    f"{key} is {before.get(key)} in the run and {now.get(key)} now",
-                    str(self.folder),
-                    "Resume with the run's value, or choose another --output.",
-                )
+    def _try_checkpoint(self, module) -> None:
+        """Take it up as Lightning will, once more, when training starts."""
+        saved = read_checkpoint(self.checkpoint)
+        try:
+            module.on_load_checkpoint(saved)
+            module.load_state_dict(saved["state_dict"])
+            optimizer = make_optimizer(module.model, self.config.optim)
+            optimizer.load_state_dict(saved["optimizer_states"][0])
+            self.load_state_dict(saved["callbacks"][self.state_key])
+        except Refused as error:
+            raise unusable(self.checkpoint, str(error)) from error
+        except Exception as error:  # of a file with the right parts, anything may be wrong in them
+            raise unusable(self.checkpoint, f"{type(error).__name__} in it") from error
+        for key, before in saved["callbacks"][self.state_key].get("data", []):
+            if [key, before] not in self._data:
+                remedy = "Put them back, or choose another --output."
+                raise Refused(f"{key} holds other texts than in the run", str(self.folder), remedy)
 
     def _record(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
-        if not path.exists():
-            return {"resumed_at": []}
-        record = parse_json(path.read_bytes(), str(path))
-        if type(record) is not dict or type(record.get("resumed_at")) is not list:
-            raise Refused(f"{path} has no list resumed_at", "", "move the file away")
-        return record
+        return read_record(self.folder / "run.json")
 
     def _cut_metrics(self, step: int) -> None:
         """Keep the lines up to `step`; what came after the checkpoint will come again."""
         path = self.folder / "metrics.csv"
-        kept = []
-        if path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(row for row in read_lines(path) if int(row["step"]) <= step)
         write_atomically(path, text.getvalue().encode())
 
 
-def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
-    """A quiet Trainer with this run's settings; `config.trainer` wins over all of them.
-
-    Raises:
-        Refused: Lightning does not know a key, or its value; a strategy other than DDP; the
-            package of a logger is missing.
-    """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    given = dict(config.trainer)
-    bar = given.pop("enable_progress_bar", sys.stderr.isatty() and not folder.quiet)
-    callbacks: list[lightning.Callback] = [folder]
-    if bar:  # chosen here: Lightning would take Rich's wherever rich is installed
-        callbacks.append(TQDMProgressBar(refresh_rate=10))
-    settings = {
-        "max_steps": config.total_steps,
-        "max_epochs": -1,
-        "accelerator": device,
-        "devices": 1,
-        "precision": "bf16-mixed" if config.train.bf16 else "32-true",
-        "gradient_clip_val": config.optim.clip,
-        "logger": open_loggers(config, folder.folder) or False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": bar,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": str(folder.folder),
-    }
-    settings |= given
-    trainer = _open_trainer(settings, callbacks)
-    if trainer.world_size > 1:
-        trainer = _open_trainer(settings | {"strategy": _strategy(config)}, callbacks)
-    return trainer
-
-
-def _open_trainer(
-    settings: dict[str, Any], callbacks: list[lightning.Callback]
-) -> lightning.Trainer:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return lightning.Trainer(**settings, callbacks=callbacks)
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise Refused("Lightning does not take these trainer.* keys", str(error)) from error
-
-
-def _strategy(config: TrainConfig) -> str:
-    """Of several processes: in most steps some weight has no gradient, such as those that admit."""
-    name = str(config.trainer.get("strategy", "auto"))
-    if name in ("auto", "ddp"):
-        return "ddp_find_unused_parameters_true"
-    if name.startswith("ddp_find_unused_parameters"):
-        return name
-    raise Refused(f"trainer.strategy={name} was never tried", "", "Use trainer.strategy=ddp.")
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise Refused(f"{folder}: {there} is no folder", "", REMEDY)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Refused(f"{folder} cannot be written", "", REMEDY)

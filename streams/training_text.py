@@ -13,11 +13,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from wakesleep.streams.id_files import map_ids
+from wakesleep.streams.errors import Refused
+from wakesleep.streams.id_files import fingerprint, ids_sha256, map_ids
 from wakesleep.streams.training_batch import Answers, Batch
 from wakesleep.ttl.config_json import parse_json
 
@@ -48,6 +50,11 @@ class TextLanes:
     def highest_id(self) -> int:
         """Largest token id of all documents."""
         return max(int(ids.max()) for ids in self.documents)
+
+    @property
+    def fingerprint(self) -> str:
+        """One for all documents, in their order."""
+        return fingerprint(map(ids_sha256, self.documents))
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the run."""
@@ -120,48 +127,82 @@ def since_repeat(ids: np.ndarray) -> np.ndarray:
     return since
 
 
-def open_texts(paths: tuple[str, ...]) -> list[np.ndarray]:
-    """The ids of every document in the files that `paths` name.
+class Text(NamedTuple):
+    name: str  # for people: its file, and which of those in it
+    ids: np.ndarray
+
+
+def open_texts(
+    paths: tuple[str, ...], key: str = "data.paths", tokenizer_sha256: str | None = None
+) -> list[Text]:
+    """Every document in the files that `paths` name; of a folder, those that end in .npy.
+
+    Args:
+        key: the setting that names them.
+        tokenizer_sha256: of the tokenizer that an index must name, if it names one.
 
     Raises:
-        ValueError: a file that holds none, or an index that does not fit it.
+        ValueError: there are no files, one that holds no document, or an index that does not fit.
     """
-    return [ids for path in document_files(paths) for ids in _parts(path)]
+    files = _files(paths, key)
+    texts = [text for path in files for text in _parts(path, key, tokenizer_sha256)]
+    if not texts:
+        raise Refused(f"{key}={list(paths)} holds no document with a token")
+    return texts
 
 
-def document_files(paths: tuple[str, ...]) -> list[Path]:
-    """The files that `paths` name; of a folder, those that end in .npy.
+def check_apart(training: list[Text], held_out: list[Text]) -> None:
+    """Refuse a document that is in both, wherever it was read from.
 
     Raises:
-        ValueError: there are none.
+        Refused: there is one.
     """
+    lengths = {len(text.ids) for text in held_out}  # only what is as long is compared
+    known = {ids_sha256(t.ids): t.name for t in training if len(t.ids) in lengths}
+    lengths &= {len(text.ids) for text in training}
+    for text in held_out:
+        if len(text.ids) in lengths and (other := known.get(ids_sha256(text.ids))):
+            where = "" if other == text.name else f"There it is {other}."
+            remedy = "Leave it out of one of the two."
+            raise Refused(f"{text.name} is held out, and in data.paths too", where, remedy)
+
+
+def _files(paths: tuple[str, ...], key: str) -> list[Path]:
     found = []
     for path in map(Path, paths):
         found += sorted(path.glob("*.npy")) if path.is_dir() else [path]
     if not found:
-        raise ValueError(f"no documents: expected .npy files of token ids in {list(paths)}")
+        raise ValueError(f"{key}: no documents: expected .npy files of token ids in {list(paths)}")
     return [path.resolve() for path in found]
 
 
-def _parts(path: Path) -> list[np.ndarray]:
-    ids, beside = _open(path), path.with_suffix(".json")
+def _parts(path: Path, key: str, tokenizer_sha256: str | None) -> list[Text]:
+    ids, beside = _open(path, key), path.with_suffix(".json")
     if not beside.is_file():
-        return [ids]
+        return [Text(str(path), ids)]
     index = parse_json(beside.read_bytes(), str(beside))
     try:
         spans = [(part["start"], part["start"] + part["tokens"] + 1) for part in index["documents"]]
-        if not all(0 <= start < stop <= len(ids) for start, stop in spans):
+        whole = all(type(place) is int for span in spans for place in span)
+        if not whole or not all(0 <= start < stop <= len(ids) for start, stop in spans):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         message = f"{beside} is no index of {path.name}; remove it or build both again"
         raise ValueError(message) from None
-    return [ids[start:stop] for start, stop in spans if stop - start > 1]
+    if tokenizer_sha256 and index.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
+        remedy = "Name its tokenizer.json by data.tokenizer, or build the ids with this one."
+        raise Refused(f"{key}: {path} is of another tokenizer", "", remedy)
+    return [
+        Text(f"{path}, document {number}", ids[start:stop])
+        for number, (start, stop) in enumerate(spans, 1)
+        if stop - start > 1
+    ]
 
 
-def _open(path: Path) -> np.ndarray:
+def _open(path: Path, key: str) -> np.ndarray:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; data.paths names .npy files or folders of them")
-    ids = map_ids(path, "data.paths")
+        raise ValueError(f"{path}: no such file; {key} names .npy files or folders of them")
+    ids = map_ids(path, key)
     if len(ids) < 2 or int(ids.min()) < 0:
-        raise ValueError(f"{path}: expected at least two ids from 0 on, got {len(ids):,}")
+        raise ValueError(f"{key}: {path}: expected at least two ids from 0 on, got {len(ids):,}")
     return ids

@@ -50,7 +50,7 @@ def test_corpus_holds_every_document_in_order_and_its_index_tells_where(build, t
     for document in index["documents"]:
         start = document["start"]
         assert ids[start : start + document["tokens"]].tolist() == whole[document["name"]]
-    parts = [part.tolist() for part in open_texts((str(output),))]
+    parts = [part.ids.tolist() for part in open_texts((str(output),))]
     assert parts == [[*text, END] for text in whole.values()]
     assert sorted(path.name for path in output.parent.iterdir()) == ["corpus.json", "corpus.npy"]
 

@@ -11,9 +11,8 @@ import pytest
 
 from wakesleep.streams.babi import PLACES, make_babi, open_cast, own_cast, spread_babi, write_babi
 from wakesleep.streams.sequences import ANSWER_KINDS, BABI, Page, RecallConfig
-from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_data import tokenizer_json
+from wakesleep.streams.training_data import open_tokenizer
 from wakesleep.streams.words import load_words
 
 MOVE = r"(\w+) (?:went to|moved to|travelled to|journeyed to|went back to) the (\w+)\."
@@ -130,7 +129,7 @@ def test_all_kinds_of_questions_and_places_come():
 
 @pytest.mark.parametrize("write", [write_babi, spread_babi])
 def test_pages_hold_whole_stories_and_their_answers(write):
-    tokenizer = Tokenizer(tokenizer_json(TrainConfig()))
+    tokenizer = open_tokenizer(TrainConfig())
     for seed in range(10):
         page = Page(tokenizer, random.Random(seed), 1024, RecallConfig())
         write(page, BABI, load_words("train"), 0.5)

@@ -313,6 +313,29 @@ def test_stages_begin_at_the_tokens_that_are_named(folder):
         assert (tokens == FILLER).all() == (step >= 8)
 
 
+def test_facts_become_more_and_farther_from_stage_to_stage(folder):
+    shares = {sort: (float(sort == "recall"),) for sort in SORTS}
+    config = MixtureConfig(
+        corpus=str(folder / "train.npy"),
+        stage_tokens=(4 * LENGTH,),
+        facts=RecallConfig(loose_share=0.0, unknown_share=0.0, far_share=1.0),
+        facts_min=(1, 6),
+        facts_max=(2, 6),
+        far=(0, 500),
+        **shares,
+    )
+    data = Mixture(config, LENGTH, 0)
+    stages = [[data.sequence(step, 0, stage) for step in range(20)] for stage in (0, 1)]
+    facts = [{int((np.diff(row.value.astype(int)) == 1).sum()) for row in rows} for rows in stages]
+    assert max(facts[0]) <= 3 < 6 <= min(facts[1])
+    near, far = (np.median([a.age for row in rows for a in row.answers]) for rows in stages)
+    assert near < 500 <= far
+    with pytest.raises(ValueError, match="far must be one number or one for each of 2 stages"):
+        replace(config, far=(1, 2, 3))
+    with pytest.raises(ValueError, match="facts_min must be from 1 to facts_max=6, not 9"):
+        replace(config, facts_min=(1, 9))
+
+
 def test_ordinary_text_runs_through_a_sequence_in_its_own_order(tmp_path, folder):
     ids = np.arange(100, 4_000, dtype=np.uint16)
     np.save(tmp_path / "count.npy", ids)
@@ -326,7 +349,9 @@ def test_ordinary_text_runs_through_a_sequence_in_its_own_order(tmp_path, folder
 def test_what_cannot_be_mixed_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"corpus must name a \.npy"):
         Mixture(MixtureConfig(), LENGTH, 0)
-    with pytest.raises(ValueError, match=r"sequence_len must be below the 20,000 tokens of corpus"):
+    with pytest.raises(
+        ValueError, match=r"sequence_len must be below the 20,000 tokens of data\.mixture\.corp"
+    ):
         mixture(folder, length=20_000)
     np.save(tmp_path / "other.npy", np.zeros(9_000, np.uint16))
     (tmp_path / "other.json").write_text('{"tokenizer_sha256": "0"}')
@@ -363,7 +388,7 @@ def test_hard_places_are_around_facts_and_only_in_training(folder, tmp_path):
     assert 0.3 < np.mean(marks("recall") >= 6) < 0.7
     assert marks("recall", validation=True).max() <= 3 and marks("language").max() <= 3
     np.save(tmp_path / "hard.npy", np.array([20_000]))
-    with pytest.raises(ValueError, match="not those of corpus"):
+    with pytest.raises(ValueError, match=r"not those of data\.mixture\.corpus"):
         Mixture(config, LENGTH, 0)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wakesleep.streams import progress as progress_module
+from wakesleep.streams.bar import on_terminal
 from wakesleep.streams.console import Console
 from wakesleep.streams.progress import (
     LINE_EVERY,
@@ -140,9 +140,9 @@ def test_the_bar_shows_answers_as_they_are_written(monkeypatch):
 def test_a_bar_needs_a_terminal_that_can_redraw(monkeypatch, term, bar):
     monkeypatch.setattr(sys, "stderr", Screen())
     monkeypatch.setenv("TERM", term)
-    assert progress_module.on_terminal() is bar
+    assert on_terminal() is bar
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert progress_module.on_terminal() is False
+    assert on_terminal() is False
 
 
 def test_quantities_read_well_at_every_size():

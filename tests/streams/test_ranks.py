@@ -105,10 +105,12 @@ def test_two_processes_train_what_one_does_and_one_goes_on_with_it(make, tmp_pat
 
 
 def test_two_processes_go_on_with_what_one_left(tmp_path):
+    """And then with what two have left."""
     layer = text(tmp_path)
-    one({**layer, "trainer": {"max_steps": 3}}, tmp_path / "run")
-    run = two(layer, tmp_path / "run", "--resume")
-    assert run.returncode == 0, run.stderr
+    one({**layer, "trainer": {"max_steps": 2}}, tmp_path / "run")
+    for steps in (4, 6):
+        run = two(layer, tmp_path / "run", "--resume", f"trainer.max_steps={steps}")
+        assert run.returncode == 0, run.stderr
     one(layer, tmp_path / "whole")
     assert_close(saved(tmp_path / "run"), saved(tmp_path / "whole"))
 
@@ -157,3 +159,7 @@ def test_lanes_that_cannot_be_dealt_evenly_are_refused():
         Ranks(0, 3).check(4)
     with pytest.raises(Refused, match="lanes=1 cannot be dealt to 2 processes"):
         Ranks(0, 2).check(1)
+
+
+def test_alone_one_has_the_first_word():
+    assert Ranks().first("step 3") == "step 3" and Ranks().first("") == ""

@@ -11,7 +11,7 @@ import pytest
 
 from wakesleep.streams import cli, doctor_command
 from wakesleep.streams.config import load_config
-from wakesleep.streams.errors import Refused
+from wakesleep.streams.errors import Refused, TrainingFailed
 from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.train_command import find_recipe
 from wakesleep.streams.training_config import TrainConfig
@@ -27,10 +27,10 @@ def _inside_an_empty_folder(tmp_path, monkeypatch):
 def training(monkeypatch):
     """Put a function in the place of `Run.carry_out`, and one in that of the checks before it."""
 
-    def replace(train, check=lambda: None):
+    def replace(train, check=lambda: None, rank=0):
         def prepare(config, output, *, resume, quiet):
             check()
-            trainer = types.SimpleNamespace(is_global_zero=True)
+            trainer = types.SimpleNamespace(is_global_zero=rank == 0)
             run = partial(train, config, output, resume=resume)
             return types.SimpleNamespace(carry_out=run, trainer=trainer)
 
@@ -55,7 +55,7 @@ def test_train_hands_over_the_merged_settings(training, capsys):
 
     def train(config, output, *, resume):
         calls.append((config.optim.lr, config.trainer, output, resume))
-        return {"output": str(output), "steps": 3000, "model_sha256": "0", "resumed_at": []}
+        return {"output": str(output), "steps": 3000, "reads_text": True, "resumed_at": []}
 
     training(train)
     words = ["mqar.yaml", "optim.lr=1e-4", "trainer.max_steps=3k", "--output", "out", "--json"]
@@ -84,7 +84,7 @@ def test_what_a_token_costs_is_said_before_training(training, capsys, flags):
 
     def train(config, output, *, resume):
         said.append(capsys.readouterr().err)
-        return {"output": str(output), "steps": 1, "model_sha256": "0", "resumed_at": []}
+        return {"output": str(output), "steps": 1, "reads_text": False, "resumed_at": []}
 
     training(train)
     words = ["mqar.yaml", "model.dim=64", "--output", "out"]
@@ -124,7 +124,8 @@ def test_the_shipped_model_may_be_the_start(capsys):
 def test_quiet_says_nothing_of_the_steps(capsys):
     words = ["tiny.yaml", "train.steps=3", "train.log_every=1", "train.validate_every=0"]
     assert cli.main(["train", *words, "threads=1", "--output", "out", "--quiet"]) == 0
-    assert capsys.readouterr().err == ""
+    out, err = capsys.readouterr()
+    assert err == "" and "next: wakesleep.ttl.load_model('out/last') in Python" in out  # no text
 
 
 def test_damaged_files_of_a_run_are_named(capsys):
@@ -164,6 +165,17 @@ def test_a_stopped_run_says_how_to_go_on(training, capsys):
     assert cli.main(["train", "mqar.yaml", "seed=3", "--output", "a run"]) == 143
     again = "go on with: wakesleep train mqar.yaml seed=3 --output 'a run' --resume"
     assert again in capsys.readouterr().err
+
+
+def test_of_several_processes_the_first_one_speaks(training, capsys):
+    def fail(config, output, *, resume):
+        raise TrainingFailed("step 3, batch 2: not finite: the next-token loss")
+
+    for rank, words in ((0, "step 3, batch 2"), (1, "")):
+        training(fail, rank=rank)
+        assert cli.main(["train", "mqar.yaml", "--output", "out"]) == 1
+        err = capsys.readouterr().err
+        assert words in err and bool(err) == bool(words)
 
 
 def test_a_stray_torchvision_is_named_instead_of_its_error(monkeypatch, capsys):

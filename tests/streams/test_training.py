@@ -310,18 +310,14 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
         ({"model": {"vocab_size": 16}}, "vocab_size=16 is less than the data's 32"),
         ({"trainer": {"nonsense": 1}}, "unexpected keyword argument 'nonsense'"),
         ({"trainer": {"devices": 2}}, "lanes=3 cannot be dealt to 2 processes"),
-        ({"trainer": {"devices": 3, "strategy": "ddp_spawn"}}, "ddp_spawn was never tried"),
+        (
+            {"trainer": {"devices": 3, "strategy": "ddp_spawn"}},
+            "strategy=ddp_spawn does not work here",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train(task(**groups), tmp_path / "run")
         assert not (tmp_path / "run").exists()
-
-
-def test_a_document_that_is_trained_on_is_refused_as_held_out(tmp_path):
-    config = text(tmp_path, validate_every=2)
-    held_out = dataclasses.replace(config.data, validation_paths=(str(tmp_path / "1.npy"),))
-    with pytest.raises(ValueError, match=r"1\.npy is in data\.paths and in data\.validation_paths"):
-        train(dataclasses.replace(config, data=held_out), tmp_path / "run")
 
 
 def test_what_a_run_leaves_behind(tmp_path):
@@ -343,7 +339,7 @@ def test_what_a_run_leaves_behind(tmp_path):
 
 
 def test_the_best_model_is_that_of_the_lowest_validation_loss(tmp_path, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.2])
+    losses = iter([float("nan"), 2.0, 2.5, 2.2])
     monkeypatch.setattr(StreamModule, "evaluate", lambda *_: ({"loss": next(losses)}, None))
     config = task(train={"steps": 8, "validate_every": 2, "save_every": 4})
     with monkeypatch.context() as patch, pytest.raises(Crash):

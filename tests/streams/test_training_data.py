@@ -23,7 +23,7 @@ def documents(folder, lengths):
 
 
 def text_lanes(folder, lengths):
-    texts = open_texts(documents(folder, lengths))
+    texts = [text.ids for text in open_texts(documents(folder, lengths))]
     return TextLanes(texts, lanes=2, segment=8, segments=2, seed=0)
 
 
@@ -150,7 +150,7 @@ def test_a_corpus_with_an_index_is_read_as_its_documents(tmp_path):
     parts = [{"name": "x", "start": 0, "tokens": 7}, {"name": "y", "start": 8, "tokens": 11}]
     parts.append({"name": "empty", "start": 19, "tokens": 0})
     (tmp_path / "a.json").write_text(json.dumps({"documents": parts}))
-    assert [part.tolist() for part in open_texts((str(tmp_path),))] == [
+    assert [part.ids.tolist() for part in open_texts((str(tmp_path),))] == [
         list(range(8)),
         list(range(8, 20)),
     ]

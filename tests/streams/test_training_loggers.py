@@ -5,7 +5,7 @@ import csv
 import pytest
 from lightning.pytorch.loggers import Logger
 
-from wakesleep.streams import training_loggers, training_run
+from wakesleep.streams import training_loggers, training_trainer
 from wakesleep.streams.config import load_config
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.train_command import find_recipe
@@ -34,7 +34,7 @@ def config(**keys) -> TrainConfig:
 
 def test_a_logger_gets_the_settings_and_the_lines_of_metrics_csv(tmp_path, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(training_run, "open_loggers", lambda *_: [recorder])
+    monkeypatch.setattr(training_trainer, "open_loggers", lambda *_: [recorder])
     train(config(), tmp_path / "run")
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         lines = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -49,3 +49,18 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch, logge
         train(config(logger=logger), tmp_path / "run")
     assert f"pip install {logger}" in str(refusal.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path, monkeypatch):
+    recorder, given = Recorder(), []
+    monkeypatch.setattr(training_loggers, "find_spec", lambda name: True)
+
+    def open_board(folder, **keys):
+        given.append(keys["purge_step"])
+        return recorder
+
+    monkeypatch.setattr(training_loggers, "TensorBoardLogger", open_board)
+    train(config(logger="tensorboard"), tmp_path / "run")
+    longer = {"steps": 5, "log_every": 2, "save_every": 4, "validate_every": 4}
+    train(config(logger="tensorboard", train=longer), tmp_path / "run", resume=True)
+    assert given == [None, 5] and list(recorder.rows) == [2, 4, 5]

@@ -8,9 +8,8 @@ import torch
 
 from wakesleep.streams.mqar import MQAR, MQARConfig
 from wakesleep.streams.prompts import encode_answer, encode_question
-from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.streams.training_config import TrainConfig
-from wakesleep.streams.training_data import Tasks, tokenizer_json
+from wakesleep.streams.training_data import Tasks, open_tokenizer
 from wakesleep.streams.training_metrics import Means, add_losses, line, measured
 from wakesleep.streams.training_samples import sample_answer
 from wakesleep.streams.training_text import TextLanes, since_repeat
@@ -80,7 +79,7 @@ def test_a_sample_is_the_answer_to_the_oldest_fact():
 
 
 def test_a_sample_of_text_reads_like_text():
-    tokenizer = Tokenizer(tokenizer_json(TrainConfig()))
+    tokenizer = open_tokenizer(TrainConfig())
     question = encode_question(tokenizer, "Where does Ada live?")
     answer, other = (encode_answer(tokenizer, word) for word in ("Turin", None))
     task = Tasks(MQAR(MQARConfig(pairs=4, queries=4, vocab_size=32), 32, 0), 1, 1)

@@ -11,11 +11,12 @@ from wakesleep.streams.config import load_config
 from wakesleep.streams.language_model import DEFAULT
 from wakesleep.streams.mqar import MQARConfig
 from wakesleep.streams.train_command import find_recipe
-from wakesleep.streams.training import StreamModule, _start_from
+from wakesleep.streams.training import StreamModule
 from wakesleep.streams.training_config import AdmissionConfig, DataConfig, StepConfig, TrainConfig
 from wakesleep.streams.training_data import open_source
 from wakesleep.streams.training_draws import draw_step
 from wakesleep.streams.training_sleep import sleep_drop
+from wakesleep.streams.training_start import start_from
 from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig
@@ -278,7 +279,7 @@ def test_a_run_may_start_from_fast_weights_of_another_kind(module, tmp_path):
     step = dataclasses.replace(CONFIG.train, start=str(tmp_path))
     config = dataclasses.replace(CONFIG, model=model, train=step)
     other = StreamModule(config).model
-    _start_from(other, config)
+    start_from(other, config)
     weights = module.model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in other.state_dict().items())
 
@@ -286,7 +287,7 @@ def test_a_run_may_start_from_fast_weights_of_another_kind(module, tmp_path):
 def test_a_recipe_may_start_from_the_shipped_model_without_its_fast_weights():
     config, _ = load_config(TrainConfig, find_recipe("babi.yaml"))
     model = StreamModule(config).model
-    _start_from(model, config)
+    start_from(model, config)
     shipped = load_model(DEFAULT)
     assert shipped.config.fast_layers and not config.model.fast_layers
     weights = shipped.state_dict()
