@@ -21,6 +21,7 @@ from torch import Tensor
 from wakesleep.consolidation.budget import Asleep, Cost, Ledger
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.consolidation.tail import tail_flops, tail_nats
+from wakesleep.ttl.flops import most_keys
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import StreamState, merge
 
@@ -58,11 +59,12 @@ class Night(ABC):
         self.rules: dict[str, int] = {}
         self.tail: Tensor | None = None
         self.tail_cost = Cost(tail_flops(model, state))
+        self.most_tail_cost = Cost(tail_flops(model, state, most_keys(model.config)))
 
     @property
     @abstractmethod
-    def last_cost(self) -> Cost:
-        """What the questions at the end cost."""
+    def questions(self) -> Cost:
+        """What is asked at the end beside the window."""
 
     @property
     @abstractmethod
@@ -87,6 +89,11 @@ class Night(ABC):
         return self.state
 
     @property
+    def last_cost(self) -> Cost:
+        """What all questions at the end cost at most: sleep lets the softmax see more keys."""
+        return total(self.most_tail_cost, self.questions)
+
+    @property
     def least(self) -> int:
         """FLOPs of a look at the window, one unit, and the last look."""
         return self.tail_cost.flops + self.last_cost.flops + self.unit_flops
@@ -104,7 +111,8 @@ class Night(ABC):
         before = after = audited = None
         lanes = torch.full_like(self.start.position, self.changed, dtype=torch.bool)
         if self.changed:
-            self.spend("gate", self.last_cost)
+            tail = Cost(tail_flops(self.model, self.state))
+            self.spend("gate", total(tail, self.questions))
             lanes, audited, harm = self.unharmed()
             reason = reason if bool(lanes.any()) or reason == INTERRUPTED else harm
         if bool(lanes.any()) and self.tail is not None:

@@ -83,13 +83,12 @@ class ReplayNight(Night):
         """generator: of the cues; on the CPU."""
         super().__init__(model, state, config, ledger)
         self.layers, self.generator = replay_layers(model.config), generator
-        audits = (audit_cost(self._sizes(layer)) for layer in self.layers)
-        self._last_cost = total(self.tail_cost, *audits)
+        self._audits = total(*(audit_cost(self._sizes(layer)) for layer in self.layers))
 
     @property
-    def last_cost(self) -> Cost:
-        """Of a look at the window and at the sealed pairs."""
-        return self._last_cost
+    def questions(self) -> Cost:
+        """Of the sealed pairs."""
+        return self._audits
 
     @property
     def unit_flops(self) -> int:
