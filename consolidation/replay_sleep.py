@@ -98,8 +98,10 @@ class ReplayNight(Night):
 
     @property
     def changed(self) -> bool:
-        """Whether pairs were written or places freed."""
-        return self.written + self.released > 0
+        """Whether pairs were written, places freed, or keys shown that are stored no more."""
+        olds = [[s.blocks[i].fast.old for s in (self.start, self.state)] for i in self.layers]
+        shown = any(a is not None and not torch.equal(a.open, b.open) for a, b in olds)
+        return shown or self.written + self.released > 0
 
     def work(self, stop: Callable[[], bool]) -> str:
         """Release, then write unit by unit."""

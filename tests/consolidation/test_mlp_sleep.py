@@ -196,6 +196,24 @@ def test_a_second_sleep_never_spends_more_than_it_has(read):
     assert night(model, state, Ledger(wake=Cost(least - 1)), seed=1)[2].reason.startswith("the bu")
 
 
+def test_a_sleep_in_vain_still_shows_keys_of_pairs_that_were_pushed_out_awake(read):
+    model, state = read
+    slept, ledger, _ = night(model, state)
+    tokens = torch.randint(61, (2, 200), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        state = model(tokens, slept)[1]
+    block = state.blocks[1]
+    bare = block.fast._replace(asleep=torch.full_like(block.fast.asleep, -1))
+    state = state._replace(blocks=(state.blocks[0], block._replace(fast=bare)))
+    after, spent, report = night(model, state, ledger, worth=1e9)
+    old, position = after.blocks[1].fast.old, after.blocks[1].store.position
+    inside = (old.position[..., None] == position[..., None, :]).any(-1)
+    assert torch.equal(old.open, (old.position >= 0) & ~inside) and old.open.any()
+    assert report.accepted and report.written == report.released == 0
+    again = night(model, after, spent, worth=1e9)[2]
+    assert not again.accepted and again.reason == "nothing more to write"
+
+
 def test_a_full_mlp_forgets_only_for_a_store_that_is_full_of_better_pairs(read):
     model, state = read
     store = state.blocks[1].store
