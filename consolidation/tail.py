@@ -46,7 +46,8 @@ def tail_flops(model: TTLModel, state: StreamState, held: Sequence[int] | None =
     """What `tail_nats` costs, all lanes together.
 
     Args:
-        held: keys of an MLP that the softmax sees in each layer of fast weights; None = the state's.
+        held: keys of an MLP that the softmax sees, in each layer of fast weights; None = the
+            state's.
     """
     window, C = model.window_of(state), model.config.chunk
     if held is None:

@@ -166,7 +166,7 @@ class Session:
         first = None if several else self._open_first(prepared.plan)
         if self.manifest is None:
             self._create(prepared.config, prepared.facts)
-        self._adopt_config()
+        self._adopt_config(self.config)
         with self._reading(watch) as reading:
             if several:
                 tokenizer = self.language_model.tokenizer
@@ -191,7 +191,8 @@ class Session:
     def sleep(self, grant: int, *, watch: Watch | None = None) -> list[dict[str, Any]]:
         """Sleep over what was read, with nothing to read; returns a row per sleep.
 
-        Without a rule of its own the session sleeps by replay, here and nowhere else.
+        Without a rule of its own the session sleeps by replay, here and nowhere else. The keys of
+        sleep count for this call, all others are the session's from now on.
 
         Args:
             grant: FLOPs that may be spent, beside what `sleep.offline_ratio` allows.
@@ -207,6 +208,7 @@ class Session:
             raise Refused(f"sleep.budget={grant}: expected FLOPs, at least 0")
         config = self._rest_config()
         check_sleep(config, self.language_model.model)
+        self._adopt_config(dataclasses.replace(self.config, sleep=self.manifest.config.sleep))
         with self._reading(watch, sleeps=True) as reading:
             rows = reading.rest(config, grant)
         self._new_summary()
@@ -230,7 +232,7 @@ class Session:
         self._check_writable()
         if self.manifest is None:
             self._create(with_fact_count(self.config, 0), ())
-        self._adopt_config()
+        self._adopt_config(self.config)
         with self._reading(None) as reading:
             reading.save()
 
@@ -308,14 +310,14 @@ class Session:
                     "move that file away, or use another --session",
                 )
 
-    def _adopt_config(self) -> None:
+    def _adopt_config(self, config: StreamConfig) -> None:
         """Make the options of this call the session's; session.json follows with a snapshot."""
-        path, text = self.folder / "config.yaml", to_yaml(self.config).encode()
+        path, text = self.folder / "config.yaml", to_yaml(config).encode()
         if not path.is_file() or path.read_bytes() != text:
             write_atomically(path, text)
         self.manifest = dataclasses.replace(
             self.manifest,
-            config=self.config,
+            config=config,
             threads=torch.get_num_threads(),
             environment=environment_of(self.language_model),
         )

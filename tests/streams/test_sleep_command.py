@@ -55,6 +55,18 @@ def test_a_second_call_goes_on_and_stays_within_its_own_budget(read, capsys):
     assert sum(spent) == sum(summary(read)[f"{n}_flops"] for n in ("sleep", "gate", "wasted"))
 
 
+@pytest.mark.parametrize("budget", ["1e9", "10"])
+def test_sizes_are_the_sessions_from_then_on_and_keys_of_sleep_are_not(read, budget, capsys):
+    sizes, sleep = ["window=32", "store.capacity=16"], ["sleep.tolerance=0.3", "sleep.passes=2"]
+    before = json.loads(Path(read, "session.json").read_text())["config"]
+    assert main(["sleep", read, f"sleep.budget={budget}", *sizes, *sleep]) == 0
+    after = json.loads(Path(read, "session.json").read_text())["config"]
+    assert after == before | {"window": 32, "store": {"capacity": 16}}
+    assert "window: 32" in Path(read, "config.yaml").read_text()
+    assert main(["ask", read, "What is the pass code of the amber gate?"]) == 0
+    assert main(["sleep", read, "sleep.budget=1e9"]) == 0
+
+
 def test_a_budget_below_one_unit_sleeps_nothing_and_says_so(read, capsys):
     before = summary(read)
     assert main(["sleep", read, "sleep.budget=10"]) == 0
