@@ -47,7 +47,7 @@ from wakesleep.streams.snapshot import (
     remove_leftovers,
     write_snapshot,
 )
-from wakesleep.streams.stopping import StopSignals
+from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.stream_config import StreamConfig
 from wakesleep.streams.summary import read_sleeps, read_summary, summarise, write_summary
 from wakesleep.streams.token_reader import TokenReader, open_tokens
@@ -199,7 +199,7 @@ class Session:
 
         Raises:
             Refused: nothing was read, a negative grant, or a model that cannot sleep.
-            Stopped: Ctrl-C or SIGTERM; the sleeps that were finished are saved.
+            Stopped: Ctrl-C or SIGTERM; the sleeps that were finished are saved, with a summary.
         """
         self._check_writable()
         if self.manifest is None or not self.tokens:
@@ -209,8 +209,12 @@ class Session:
         config = self._rest_config()
         check_sleep(config, self.language_model.model)
         self._adopt_config(dataclasses.replace(self.config, sleep=self.manifest.config.sleep))
-        with self._reading(watch, sleeps=True) as reading:
-            rows = reading.rest(config, grant)
+        try:
+            with self._reading(watch, sleeps=True) as reading:
+                rows = reading.rest(config, grant)
+        except Stopped:
+            self._new_summary()
+            raise
         self._new_summary()
         return rows
 

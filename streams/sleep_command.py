@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
 from wakesleep.streams.console import Console, typed
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.quantities import count, duration
+from wakesleep.streams.stopping import Stopped
 
 SUMMARY = "sleep over a session at rest, on a budget of its own"
 FLAGS = ("--json", "--quiet", "--debug")
@@ -48,8 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     read_manifest(Path(folder))  # before a folder is opened that would be a new session
     with Session.open(folder, **split_overrides(overrides)) as session:
         console.say(f"sleeping over {typed(folder)}; Ctrl-C keeps the sleeps that are finished")
-        with Progress(console, session.tokens) as progress:
-            rows = session.sleep(grant, watch=progress)
+        granted = session.runner.meters.ledger.granted
+        try:
+            with Progress(console, session.tokens) as progress:
+                rows = session.sleep(grant, watch=progress)
+        except Stopped:
+            left = grant - session.runner.meters.ledger.granted + granted
+            console.warn(f"stopped; the sleeps that were finished are saved in {typed(folder)}")
+            keys = shlex.join([f"{BUDGET}={left}", *overrides])
+            console.warn(f"go on with: wakesleep sleep {typed(folder)} {keys}")
+            raise
         least = session.least_budget()
     console.result(_totals(rows), _words(folder, rows, grant, least))
     return 0

@@ -14,6 +14,7 @@ from wakesleep.ttl.files import open_regular, write_atomically
 
 SUMMARY = "summary.json"
 MAX_BYTES = 1 << 26
+COUNTS = ("tokens", "wake_flops", "sleep_flops", "gate_flops", "wasted_flops", "sleeps")
 
 
 def summarise(
@@ -74,9 +75,10 @@ def read_summary(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
             summary = parse_json(file.read(), SUMMARY)
     except ValueError:
         return None
-    if type(summary) is not dict or summary.get("tokens") != manifest.tokens:
+    now = summarise(manifest, 0, [])
+    if type(summary) is not dict or any(summary.get(name) != now[name] for name in COUNTS):
         return None
-    whole = _kinds(summary) == _kinds(summarise(manifest, 0, []))
+    whole = _kinds(summary) == _kinds(now)
     return summary if whole and all(map(_is_fact, summary["facts"])) else None
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
+from wakesleep.streams import session as sessions
 from wakesleep.streams.cli import main
+from wakesleep.streams.progress import Progress
 from wakesleep.streams.session import Session
+from wakesleep.streams.stopping import StopSignals
 
 
 @pytest.fixture
@@ -23,6 +27,10 @@ def summary(folder: str) -> dict:
     return json.loads(Path(folder, "summary.json").read_text())
 
 
+def spent(values: dict) -> int:
+    return sum(values[f"{name}_flops"] for name in ("sleep", "gate", "wasted"))
+
+
 def test_a_session_at_rest_is_slept_over_and_says_what_came_of_it(read, capsys):
     assert main(["sleep", read, "sleep.budget=1e9", "sleep.tail_loss=9"]) == 0
     out, err = capsys.readouterr()
@@ -30,7 +38,7 @@ def test_a_session_at_rest_is_slept_over_and_says_what_came_of_it(read, capsys):
     assert "slept after" in err and "Ctrl-C keeps" in err
     told = summary(read)
     assert told["sleeps"] == len(told["sleep_log"]) >= 2
-    assert 0 < told["sleep_flops"] + told["gate_flops"] + told["wasted_flops"] <= 1e9
+    assert 0 < spent(told) <= 1e9
     assert sum(row["released"] for row in told["sleep_log"]) > 0
     assert told["offline_ratio"] == 0  # it does not sleep while it reads
     assert main(["ask", read, "What is the pass code of the amber gate?", "--json"]) == 0
@@ -46,13 +54,45 @@ def test_json_is_one_object_whose_sums_are_the_summarys(read, capsys):
 
 
 def test_a_second_call_goes_on_and_stays_within_its_own_budget(read, capsys):
-    spent = []
+    parts = []
     for _ in range(2):
         assert main(["sleep", read, "sleep.budget=2M", "sleep.tail_loss=9", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
-        spent.append(result["sleep_flops"] + result["gate_flops"] + result["wasted_flops"])
-        assert spent[-1] <= 2_000_000
-    assert sum(spent) == sum(summary(read)[f"{n}_flops"] for n in ("sleep", "gate", "wasted"))
+        parts.append(spent(result))
+        assert parts[-1] <= 2_000_000
+    assert sum(parts) == spent(summary(read))
+
+
+def test_ctrl_c_keeps_what_was_finished_and_says_so_everywhere(read, capsys, monkeypatch):
+    stop, slept = StopSignals(), Progress.slept
+
+    def stopping(self, line):
+        slept(self, line)
+        stop.number = signal.SIGINT
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions, "StopSignals", lambda: stop)
+        patch.setattr(Progress, "slept", stopping)
+        words = ["sleep", read, "sleep.budget=1e9", "sleep.tail_loss=9"]
+        assert main(words) == 130
+    meters, told = json.loads(Path(read, "session.json").read_text())["meters"], summary(read)
+    assert meters["sleeps"] == told["sleeps"] == len(told["sleep_log"]) == 1
+    left = 1_000_000_000 - spent(told)
+    again = f"wakesleep sleep {read} sleep.budget={left} sleep.tail_loss=9"
+    assert capsys.readouterr().err.endswith(f"go on with: {again}\n")
+    assert main(again.split()[1:]) == 0 and summary(read)["sleeps"] > 1
+
+
+def test_a_summary_from_before_a_sleep_is_made_again(read, capsys):
+    stale = Path(read, "summary.json").read_bytes()
+    assert main(["sleep", read, "sleep.budget=1e9"]) == 0
+    told = summary(read)
+    Path(read, "summary.json").write_bytes(stale)
+    capsys.readouterr()
+    assert main(["stream", "--session", read, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["sleeps"] == told["sleeps"] > 0 and spent(shown) == spent(told)
+    assert summary(read)["sleeps"] == told["sleeps"]
 
 
 @pytest.mark.parametrize("budget", ["1e9", "10"])
