@@ -316,6 +316,8 @@ class Session:
 
     def _adopt_config(self, config: StreamConfig) -> None:
         """Make the options of this call the session's; session.json follows with a snapshot."""
+        meters, before = self.runner.meters, self.manifest.config.sleep.bucket
+        meters.ledger = config.sleep.bucket.taken_over(meters.ledger, before)
         path, text = self.folder / "config.yaml", to_yaml(config).encode()
         if not path.is_file() or path.read_bytes() != text:
             write_atomically(path, text)

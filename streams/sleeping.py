@@ -7,6 +7,7 @@ own number: a stream that was killed and resumed sleeps where, and as, it would 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,7 @@ class Sleeper:
         runner, meters, config = self.runner, self.runner.meters, self.config
         before = meters.ledger
         if grant is not None:
-            config = dataclasses.replace(config, offline_ratio=0.0)
+            config = dataclasses.replace(config, offline_ratio=0.0, burst=math.inf)
             before = Ledger(granted=grant)
         number = (self.seed * 1_000_003 + meters.sleeps) % 2**63
         generator = torch.Generator().manual_seed(number)

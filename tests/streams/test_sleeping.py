@@ -184,6 +184,19 @@ def test_sleep_can_begin_in_a_session_that_never_slept(tmp_path, sleeper, text):
     assert summary["sleeps"] > 0 and spent(summary) <= 4 * summary["wake_flops"]
 
 
+def test_a_bucket_keeps_its_level_when_its_ratio_changes(tmp_path, sleeper, text):
+    """1 MFLOP was saved up; a smaller ratio, which would have earned it too, takes nothing of it."""
+    small = SLEEP | {"every": 1 << 20, "burst": 1e6, "offline_ratio": 0.25}
+    before = stream(tmp_path / "s", sleeper, text, sleep=small)
+    assert before["sleeps"] == 0 and before["wake_flops"] > 1e8
+    more = tmp_path / "more.txt"
+    more.write_text("amber gate")
+    with Session.open(tmp_path / "s", sleeper, sleep={"offline_ratio": 0.1}) as opened:
+        opened.read(more)
+        ledger, bucket = opened.runner.meters.ledger, opened.config.sleep.bucket
+    assert bucket.level(ledger) == 10**6
+
+
 def test_idle_sleeps_when_all_is_read(tmp_path, sleeper, text):
     summary = stream(tmp_path / "s", sleeper, text, sleep=SLEEP | {"trigger": ["idle"]})
     (line,) = summary["sleep_log"]
