@@ -7,6 +7,7 @@ the same at the same places. Nothing here grows with the stream.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -154,7 +155,8 @@ class Reading:
             limit=limit,
         )
         self.sleep_if_due()  # a signal may have come in the middle of a sleep
-        while segment := self.fetch(reader.read):
+        # a document that begins inside a chunk has no segment that ends at a boundary by itself
+        while segment := self.fetch(lambda: reader.read(self._reach())):
             before = self.runner.tokens
             self.runner.read(segment)
             self._recorder.ids(segment.ids)
@@ -214,6 +216,10 @@ class Reading:
         if trigger is not None and self._sleep(self._sleeper, trigger) is None:
             self.save()
             raise Stopped(self._stop.number)
+
+    def _reach(self) -> float:
+        """Tokens of the next segment at most."""
+        return math.inf if self._sleeper is None else self._sleeper.reach()
 
     def _sleep(self, sleeper: Sleeper, trigger: str, grant: int | None = None) -> dict | None:
         """Sleep once and record it; None if a signal came, and nothing has happened."""

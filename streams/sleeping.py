@@ -57,21 +57,22 @@ class Sleeper:
         """What asks for sleep, if it may have it: at a boundary of chunks, with budget for a unit.
 
         Args:
-            idle: nothing is left to read; then any place will do.
+            idle: nothing is left to read; to the trigger of that name any place will do.
         """
-        model, state = self.runner.language_model.model, self.runner.state
-        at_boundary = not bool((state.position % model.config.chunk).any())
-        if self.config.does_nothing or not (at_boundary or idle):
+        config = self.config
+        if config.does_nothing:
             return None
-        asks = wanted(
-            self.config,
-            self.runner.meters.triggers,
-            self._signals(0, idle=idle),
-            model.config.recent or model.window_of(state),
-        )
-        if asks is None or self.level < self.least:
-            return None
-        return asks
+        if self._to_boundary:
+            if not idle or "idle" not in config.triggers:
+                return None
+            config = dataclasses.replace(config, trigger=("idle",))
+        return self._asks(config, idle)
+
+    def reach(self) -> float:
+        """Tokens of the next segment at most: to a boundary, if sleep is due but for that."""
+        if self.config.does_nothing or not self._to_boundary:
+            return math.inf
+        return math.inf if self._asks(self.config) is None else self._to_boundary
 
     @property
     def level(self) -> int:
@@ -117,6 +118,23 @@ class Sleeper:
             "wasted_flops": ledger.wasted.flops - before.wasted.flops,
             "store_fill": store_fill(runner.state),
         }
+
+    @property
+    def _to_boundary(self) -> int:
+        """Tokens to the next boundary of chunks, of the lane that is farthest from it; 0 at one."""
+        chunk = self.runner.language_model.model.config.chunk
+        return int((-self.runner.state.position % chunk).max())
+
+    def _asks(self, config: SleepConfig, idle: bool = False) -> Trigger | None:
+        """What asks for sleep and has the budget for it, here or at the next boundary."""
+        model, state = self.runner.language_model.model, self.runner.state
+        asks = wanted(
+            config,
+            self.runner.meters.triggers,
+            self._signals(0, idle=idle),
+            model.config.recent or model.window_of(state),
+        )
+        return None if asks is None or self.level < self.least else asks
 
     def _signals(self, segment: int, idle: bool = False) -> Signals:
         runner, lanes = self.runner, len(self.runner.state.position)

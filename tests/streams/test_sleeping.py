@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,13 @@ def test_at_every_moment_no_more_is_spent_than_the_ratio_allows(tmp_path, sleepe
     assert summary["sleeps"] > 0
 
 
+@pytest.mark.parametrize(("triggers", "slept"), [(["every"], []), (["every", "idle"], ["idle"])])
+def test_inside_a_chunk_nothing_but_idle_asks(tmp_path, sleeper, text, triggers, slept):
+    sleep = SLEEP | {"every": 500, "trigger": triggers}
+    summary = stream(tmp_path / "s", sleeper, text, limit_tokens=505, segment_len=505, sleep=sleep)
+    assert [line["trigger"] for line in summary["sleep_log"]] == slept
+
+
 class StopInSleep(StopSignals):
     """Ctrl-C when a sleep asks for the n-th time whether it should go on."""
 
@@ -176,6 +184,25 @@ def test_kill_9_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
     assert repeated(summary) == repeated(rested[1])
 
 
+def test_a_second_document_sleeps_at_boundaries_and_goes_on_after_ctrl_c(
+    tmp_path, sleeper, text, monkeypatch
+):
+    """It begins inside a chunk, so no segment of its grid ends at a boundary."""
+    more = tmp_path / "more.txt"
+    more.write_text(text.read_text()[4000:])
+    text.write_text(text.read_text()[:1000])
+    first = stream(tmp_path / "s", sleeper, text)["tokens"]
+    shutil.copytree(tmp_path / "s", tmp_path / "t")
+    summary = stream(tmp_path / "s", sleeper, more)
+    slept = [line["tokens"] for line in summary["sleep_log"] if line["tokens"] > first]
+    assert len(slept) > 1 and first % 16 and not any(tokens % 16 for tokens in slept)
+    for at in (2, 1):
+        interrupted(tmp_path / "t", monkeypatch, at, sleeper, more)
+    assert repeated(stream(tmp_path / "t", sleeper, more)) == repeated(summary)
+    assert tensors(tmp_path / "t") == tensors(tmp_path / "s")
+    assert metrics(tmp_path / "t") == metrics(tmp_path / "s")
+
+
 def test_sleep_can_begin_in_a_session_that_never_slept(tmp_path, sleeper, text):
     stream(tmp_path / "s", sleeper, text, sleep={"rule": "none"})
     more = tmp_path / "more.txt"
@@ -185,7 +212,7 @@ def test_sleep_can_begin_in_a_session_that_never_slept(tmp_path, sleeper, text):
 
 
 def test_a_bucket_keeps_its_level_when_its_ratio_changes(tmp_path, sleeper, text):
-    """1 MFLOP was saved up; a smaller ratio, which would have earned it too, takes nothing of it."""
+    """A smaller ratio that would have earned what was saved up, too, takes nothing of it."""
     small = SLEEP | {"every": 1 << 20, "burst": 1e6, "offline_ratio": 0.25}
     before = stream(tmp_path / "s", sleeper, text, sleep=small)
     assert before["sleeps"] == 0 and before["wake_flops"] > 1e8
@@ -201,6 +228,7 @@ def test_idle_sleeps_when_all_is_read(tmp_path, sleeper, text):
     summary = stream(tmp_path / "s", sleeper, text, sleep=SLEEP | {"trigger": ["idle"]})
     (line,) = summary["sleep_log"]
     assert line["tokens"] == summary["tokens"] and line["trigger"] == "idle" and line["accepted"]
+    assert summary["tokens"] % 16  # it may be inside a chunk, and only then
     again = stream(tmp_path / "s", sleeper, text, sleep=SLEEP | {"trigger": ["idle"]})
     assert repeated(again) == repeated(summary)
 
@@ -245,8 +273,9 @@ def test_a_stream_sleeps_at_every_eviction_and_tells_of_it(tmp_path, dreamer, te
     summary = pass_over(tmp_path / "s", dreamer, text, rule, evict=evict)
     awake = pass_over(tmp_path / "awake", dreamer, text, "none")
     log = summary["sleep_log"]
-    # a segment is two windows long; the last one may end inside a chunk
-    assert len(log) in (summary["tokens"] // 128, summary["tokens"] // 128 + 1)
+    # a segment is two windows long; the last one ends inside a chunk
+    assert [line["tokens"] for line in log] == list(range(128, summary["tokens"] + 1, 128))
+    assert summary["tokens"] % 16
     assert all(line["trigger"] == "eviction" and line["rule"] == rule for line in log)
     taken = [line for line in log if line["accepted"]]
     assert taken and all(line["units"] == 2 for line in taken)
