@@ -100,6 +100,8 @@ class Night(ABC):
 
     def run(self, stop: Callable[[], bool]) -> str:
         """Ask for the window, then work; returns why it ended."""
+        if self.config.does_nothing:
+            return f"passes={self.config.num_passes} leaves nothing to do"
         if self.config.bucket.level(self.ledger) < self.least:
             return "the budget is smaller than one unit"
         self.spend("gate", self.tail_cost)

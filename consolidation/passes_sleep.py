@@ -90,8 +90,6 @@ class PassesNight(Night):
 
     def run(self, stop: Callable[[], bool]) -> str:
         """Make all passes that can be paid, if there is something to pass over."""
-        if self.config.num_passes < 2:
-            return "reading was the only pass"
         if not self.rows:
             return "there is nothing to pass over"
         phase = self.start.position % self.model.config.chunk

@@ -206,7 +206,7 @@ class Session:
             raise Refused(f"there is nothing to sleep over in {self.folder}")
         if grant < 0:
             raise Refused(f"sleep.budget={grant}: expected FLOPs, at least 0")
-        config = self._rest_config()
+        config = self.rest_config
         check_sleep(config, self.language_model.model)
         self._adopt_config(dataclasses.replace(self.config, sleep=self.manifest.config.sleep))
         try:
@@ -218,14 +218,15 @@ class Session:
         self._new_summary()
         return rows
 
-    def _rest_config(self) -> SleepConfig:
+    @property
+    def rest_config(self) -> SleepConfig:
         """How it sleeps at rest."""
         config = self.config.sleep
         return dataclasses.replace(config, rule="replay") if config.rule == "none" else config
 
     def least_budget(self) -> int:
         """FLOPs below which a sleep would not begin."""
-        return least_cost(self.language_model.model, self.runner.state, self._rest_config())
+        return least_cost(self.language_model.model, self.runner.state, self.rest_config)
 
     def save(self) -> None:
         """Write a snapshot now; `read` does so by itself.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wakesleep.streams.console import Console, typed
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.quantities import count, duration
 from wakesleep.streams.stopping import Stopped
+
+if TYPE_CHECKING:
+    from wakesleep.streams.session import Session
 
 SUMMARY = "sleep over a session at rest, on a budget of its own"
 FLAGS = ("--json", "--quiet", "--debug")
@@ -60,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
             keys = shlex.join([f"{BUDGET}={left}", *overrides])
             console.warn(f"go on with: wakesleep sleep {typed(folder)} {keys}")
             raise
-        least = session.least_budget()
-    console.result(_totals(rows), _words(folder, rows, grant, least))
+        words = _words(folder, rows, grant) if rows else _no_sleep(session, grant)
+    console.result(_totals(rows), words)
     return 0
 
 
@@ -91,12 +94,14 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"sleeps": rows, **{name: sum(row[name] for row in rows) for name in sums}}
 
 
-def _words(folder: str, rows: list[dict[str, Any]], grant: int, least: int) -> str:
-    if not rows:
-        return (
-            f"slept nothing: a sleep here takes {count(least)} FLOPs at least, "
-            f"{BUDGET} is {count(grant)}"
-        )
+def _no_sleep(session: Session, grant: int) -> str:
+    if session.rest_config.does_nothing:
+        return f"slept nothing: sleep.passes={session.rest_config.num_passes} leaves nothing to do"
+    least = count(session.least_budget())
+    return f"slept nothing: a sleep here takes {least} FLOPs at least, {BUDGET} is {count(grant)}"
+
+
+def _words(folder: str, rows: list[dict[str, Any]], grant: int) -> str:
     taken = [row for row in rows if row["accepted"]]
     written, released = (sum(row[name] for row in taken) for name in ("written", "released"))
     what = f"{written:,} pairs written, {released:,} places freed"

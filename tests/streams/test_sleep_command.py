@@ -115,6 +115,17 @@ def test_a_budget_below_one_unit_sleeps_nothing_and_says_so(read, capsys):
     assert (summary(read)["sleeps"], summary(read)["tokens"]) == (0, before["tokens"])
 
 
+def test_without_passes_nothing_happens_and_it_says_so(read, capsys):
+    assert main(["sleep", read, "sleep.budget=2M", "sleep.tail_loss=9"]) == 0
+    before, folder = summary(read), Path(read)
+    meters = json.loads((folder / "session.json").read_text())["meters"]
+    capsys.readouterr()
+    assert main(["sleep", read, "sleep.budget=1e9", "sleep.passes=0"]) == 0
+    assert capsys.readouterr().out == "slept nothing: sleep.passes=0 leaves nothing to do\n"
+    assert json.loads((folder / "session.json").read_text())["meters"] == meters
+    assert summary(read)["sleep_log"] == before["sleep_log"]
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

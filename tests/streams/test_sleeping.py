@@ -318,8 +318,11 @@ def test_a_session_at_rest_makes_its_passes_once(tmp_path, dreamer, text, rule, 
     assert main(["sleep", str(tmp_path / "s"), "sleep.budget=1e12", *words]) == 0
     out = capsys.readouterr().out
     assert out.startswith("1 sleep in") and "2 more passes" in out
-    assert main(["sleep", str(tmp_path / "s"), "sleep.budget=10", *words]) == 0
-    assert capsys.readouterr().out.startswith("slept nothing")
+    for more, why in (["sleep.budget=10"], "takes"), (["sleep.budget=1M", "sleep.passes=1"], "=1"):
+        assert main(["sleep", str(tmp_path / "s"), *words, *more]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("slept nothing") and why in out
+    assert json.loads((tmp_path / "s" / "session.json").read_text())["meters"]["sleeps"] == 1
 
 
 @rules
