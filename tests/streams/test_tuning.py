@@ -241,6 +241,13 @@ def test_configs_that_cannot_be_are_refused(options, why):
         TuneConfig(**options)
 
 
+def test_a_rule_can_be_compared_with_none():
+    words = ["search.sleep.rule=[none,replay]", "stream.sleep.trigger=idle"]
+    study, _ = load_config(TuneConfig, None, words)
+    rules = [study.stream_config(values, seed=0).sleep.rule for values in study.settings()]
+    assert rules == ["none", "replay"]
+
+
 @pytest.mark.parametrize("name", ["tune.yaml", "tune_sleep.yaml"])
 def test_the_studies_that_come_with_it_name_settings_that_exist(name):
     study, _ = load_config(TuneConfig, files("wakesleep.configs") / name, [])
