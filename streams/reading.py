@@ -47,6 +47,9 @@ class Watch(Protocol):
     def slept(self, line: Mapping[str, Any]) -> None:
         """A sleep has ended; a line was added to sleeps.jsonl."""
 
+    def sleepless(self, why: str) -> None:
+        """Sleep is wanted, and its budget can never pay for it; told once."""
+
 
 class Reading:
     """One call of `stream`: carry out a plan and keep the folder up to date."""
@@ -64,6 +67,7 @@ class Reading:
         """saved: what the manifest's state file holds, if that is the runner's."""
         self.folder, self.manifest, self.runner, self.saved = folder, manifest, runner, saved
         self._recorder, self._stop, self._watch = recorder, stop, watch
+        self._told_why = False  # nothing sleeps
         config, self._sleeper = manifest.config, None
         if config.sleep.rule != "none":
             self._sleeper = Sleeper(config.sleep, config.seed, runner)
@@ -213,6 +217,10 @@ class Reading:
         if self._sleeper is None or self._stop:
             return
         trigger = self._sleeper.due(idle=idle)
+        if trigger is None and self._watch is not None and not self._told_why:
+            if why := self._sleeper.unpaid(ever=True):
+                self._watch.sleepless(why)
+                self._told_why = True
         if trigger is not None and self._sleep(self._sleeper, trigger) is None:
             self.save()
             raise Stopped(self._stop.number)

@@ -39,7 +39,7 @@ from wakesleep.streams.recorder import (
 )
 from wakesleep.streams.runner import Carried, StreamRunner
 from wakesleep.streams.session_loading import Loaded, environment_of, load_session
-from wakesleep.streams.sleeping import check_sleep
+from wakesleep.streams.sleeping import Sleeper, check_sleep
 from wakesleep.streams.snapshot import (
     holds_session,
     locked,
@@ -227,6 +227,12 @@ class Session:
     def least_budget(self) -> int:
         """FLOPs below which a sleep would not begin."""
         return least_cost(self.language_model.model, self.runner.state, self.rest_config)
+
+    def unpaid_sleep(self) -> str | None:
+        """Why a stream that should have slept never did, in words; None if it did, or need not."""
+        if self.runner.meters.sleeps:
+            return None
+        return Sleeper(self.config.sleep, self.config.seed, self.runner).unpaid()
 
     def save(self) -> None:
         """Write a snapshot now; `read` does so by itself.

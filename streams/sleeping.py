@@ -24,6 +24,7 @@ from wakesleep.consolidation.sleep import (
 from wakesleep.consolidation.sleep_config import SleepConfig, Trigger
 from wakesleep.consolidation.triggers import Signals, after_sleep, observe, wanted
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.quantities import count
 from wakesleep.streams.runner import StreamRunner, store_fill
 from wakesleep.ttl.model import TTLModel
 
@@ -73,6 +74,24 @@ class Sleeper:
         if self.config.does_nothing or not self._to_boundary:
             return math.inf
         return math.inf if self._asks(self.config) is None else self._to_boundary
+
+    def unpaid(self, *, ever: bool = False) -> str | None:
+        """Why sleep that is wanted is not paid for, in words; None if it is, or none is wanted.
+
+        Args:
+            ever: only if the bucket can never hold enough for it.
+        """
+        config = self.config
+        if config.does_nothing or not config.offline_ratio or (ever and math.isinf(config.burst)):
+            return None
+        if self._wanted(config, idle=not ever) is None:
+            return None
+        least, holds = self.least, [("sleep.burst", config.burst)]
+        holds += [] if ever else [("the budget", self.level)]
+        words = f"a sleep takes {count(least)} FLOPs at least"
+        return next(
+            (f"{words}, {name} is {count(has)}" for name, has in holds if has < least), None
+        )
 
     @property
     def level(self) -> int:
@@ -127,14 +146,17 @@ class Sleeper:
 
     def _asks(self, config: SleepConfig, idle: bool = False) -> Trigger | None:
         """What asks for sleep and has the budget for it, here or at the next boundary."""
+        asks = self._wanted(config, idle)
+        return None if asks is None or self.level < self.least else asks
+
+    def _wanted(self, config: SleepConfig, idle: bool) -> Trigger | None:
         model, state = self.runner.language_model.model, self.runner.state
-        asks = wanted(
+        return wanted(
             config,
             self.runner.meters.triggers,
             self._signals(0, idle=idle),
             model.config.recent or model.window_of(state),
         )
-        return None if asks is None or self.level < self.least else asks
 
     def _signals(self, segment: int, idle: bool = False) -> Signals:
         runner, lanes = self.runner, len(self.runner.state.position)

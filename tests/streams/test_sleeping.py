@@ -224,6 +224,26 @@ def test_a_bucket_keeps_its_level_when_its_ratio_changes(tmp_path, sleeper, text
     assert bucket.level(ledger) == 10**6
 
 
+@pytest.mark.parametrize(
+    ("key", "told", "why"),
+    [("burst=1", 1, "sleep.burst is 1"), ("offline_ratio=1e-9", 0, "the budget is ")],
+)
+def test_a_budget_that_pays_for_no_sleep_is_told_of(
+    tmp_path, sleeper, text, capsys, key, told, why
+):
+    words = ["stream", str(text), "--session", str(tmp_path / "s"), f"model={sleeper}"]
+    words += ["segment_len=128", "threads=1", "sleep.rule=replay", f"sleep.{key}"]
+    assert main([*words, "sleep.every=256", "limit_tokens=1k", "sleep.trigger=every"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("no sleep: a sleep takes ") == told == err.count(why)
+    (row,) = (line for line in out.splitlines() if line.startswith("  sleep "))
+    assert "none: a sleep takes " in row and why in row
+    assert main(["stream", str(text), "--session", str(tmp_path / "s"), "sleep.burst=inf",
+                 "sleep.offline_ratio=4", "limit_tokens=2k"]) == 0  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "none: a sleep" not in out and "no sleep" not in err and "slept after" in err
+
+
 def test_idle_sleeps_when_all_is_read(tmp_path, sleeper, text):
     summary = stream(tmp_path / "s", sleeper, text, sleep=SLEEP | {"trigger": ["idle"]})
     (line,) = summary["sleep_log"]
