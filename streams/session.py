@@ -93,6 +93,7 @@ class Session:
                 check_length(folder / METRICS, manifest.metrics_bytes)
                 check_length(folder / IDS, manifest.ids_bytes)
                 check_length(folder / SLEEPS, manifest.sleeps_bytes)
+                read_sleeps(folder, manifest.sleeps_bytes)  # at the end it would be too late
             loaded = load_session(folder, manifest, options, model)
             return cls(folder, loaded, lock.pop_all())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from wakesleep.streams import session as sessions
+from wakesleep.streams import summary as summaries
 from wakesleep.streams.cli import main
 from wakesleep.streams.progress import Progress
 from wakesleep.streams.session import Session
@@ -56,10 +57,10 @@ def test_json_is_one_object_whose_sums_are_the_summarys(read, capsys):
 def test_a_second_call_goes_on_and_stays_within_its_own_budget(read, capsys):
     parts = []
     for _ in range(2):
-        assert main(["sleep", read, "sleep.budget=2M", "sleep.tail_loss=9", "--json"]) == 0
+        assert main(["sleep", read, "sleep.budget=26M", "sleep.tail_loss=9", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         parts.append(spent(result))
-        assert parts[-1] <= 2_000_000
+        assert 0 < parts[-1] <= 26_000_000
     assert sum(parts) == spent(summary(read))
 
 
@@ -115,12 +116,37 @@ def test_a_budget_below_one_unit_sleeps_nothing_and_says_so(read, capsys):
     assert (summary(read)["sleeps"], summary(read)["tokens"]) == (0, before["tokens"])
 
 
+@pytest.mark.parametrize("spoil", [b"{", b"[", b"1 "])
+def test_a_damaged_log_is_refused_before_anything_is_changed(read, capsys, spoil):
+    assert main(["sleep", read, "sleep.budget=1e9"]) == 0
+    log, folder = Path(read, "sleeps.jsonl"), Path(read)
+    log.write_bytes(spoil + b"\n" + log.read_bytes()[len(spoil) + 1 :])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    for words in (["sleep", read, "sleep.budget=1e9"], ["stream", "--session", read]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert "sleeps.jsonl" in error and len(error.splitlines()) == 3
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_of_very_many_sleeps_the_summary_shows_the_last(read, monkeypatch):
+    assert main(["sleep", read, "sleep.budget=1e9", "sleep.tail_loss=9"]) == 0
+    whole = summary(read)["sleep_log"]
+    last = len(Path(read, "sleeps.jsonl").read_bytes().splitlines()[-1])
+    monkeypatch.setattr(summaries, "MAX_LOG_BYTES", last + 20)
+    manifest = json.loads(Path(read, "session.json").read_text())
+    assert summaries.read_sleeps(Path(read), manifest["sleeps_bytes"]) == whole[-1:]
+    assert len(whole) > 1 and main(["stream", "--session", read, "--quiet"]) == 0
+
+
 def test_without_passes_nothing_happens_and_it_says_so(read, capsys):
-    assert main(["sleep", read, "sleep.budget=2M", "sleep.tail_loss=9"]) == 0
+    assert main(["sleep", read, "sleep.budget=26M", "sleep.tail_loss=9"]) == 0
     before, folder = summary(read), Path(read)
     meters = json.loads((folder / "session.json").read_text())["meters"]
     capsys.readouterr()
     assert main(["sleep", read, "sleep.budget=1e9", "sleep.passes=0"]) == 0
+    assert len(before["sleep_log"]) == 1  # which left places to free
     assert capsys.readouterr().out == "slept nothing: sleep.passes=0 leaves nothing to do\n"
     assert json.loads((folder / "session.json").read_text())["meters"] == meters
     assert summary(read)["sleep_log"] == before["sleep_log"]
