@@ -25,7 +25,7 @@ class Cost(NamedTuple):
 
     flops: int = 0  # by closed formulas: matrix products, factors and triangular solves
     nbytes: int = 0  # moved between memory and processor, by closed formulas
-    seconds: float = 0.0  # measured; those of the gate are counted with what it judged
+    seconds: float = 0.0  # measured
 
     def plus(self, other: Cost) -> Cost:
         """The cost of both."""

@@ -157,7 +157,8 @@ class ReplayNight(Night):
         full = change(fast, pairs, lam, steps)
         noise = torch.randn(NOISE_CUES, sizes.head_dim, generator=self.generator)
         cues = unit_key(noise.to(fast.s.device))
-        verdict = judge(fast, full, pairs, cues, tolerance)
+        with self.judging():
+            verdict = judge(fast, full, pairs, cues, tolerance)
         passed = verdict.step > 0
         new = advance(fast, full, verdict.step)
         known = known_after(new, pairs, tolerance) & passed[..., None]

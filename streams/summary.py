@@ -40,6 +40,7 @@ def summarise(
         "sleep_flops": meters.ledger.sleep.flops,
         "gate_flops": meters.ledger.gate.flops,
         "wasted_flops": meters.ledger.wasted.flops,
+        "granted_flops": meters.ledger.granted,
         "sleeps": meters.sleeps,
         "sleep_log": sleep_log or [],
         "offline_ratio": 0 if sleep.rule == "none" else sleep.offline_ratio,

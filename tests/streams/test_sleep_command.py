@@ -42,6 +42,7 @@ def test_a_session_at_rest_is_slept_over_and_says_what_came_of_it(read, capsys):
     assert 0 < spent(told) <= 1e9
     assert sum(row["released"] for row in told["sleep_log"]) > 0
     assert told["offline_ratio"] == 0  # it does not sleep while it reads
+    assert told["granted_flops"] == spent(told)
     assert main(["ask", read, "What is the pass code of the amber gate?", "--json"]) == 0
 
 

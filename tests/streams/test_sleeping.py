@@ -70,6 +70,7 @@ def test_a_stream_sleeps_where_it_should_and_tells_all_of_it(rested):
     assert summary["sleeps"] == len(log) == len((folder / "sleeps.jsonl").read_text().splitlines())
     assert [line["tokens"] for line in log] == [256 * (n + 1) for n in range(len(log))]
     assert len(log) == summary["tokens"] // 256 and summary["offline_ratio"] == 4.0
+    assert summary["granted_flops"] == 0
     assert sum(line["written"] for line in log) > 0 < sum(line["released"] for line in log)
     for name in ("sleep_flops", "gate_flops", "wasted_flops"):
         assert summary[name] == sum(line[name] for line in log)
