@@ -25,7 +25,7 @@ class Cost(NamedTuple):
 
     flops: int = 0  # by closed formulas: matrix products, factors and triangular solves
     nbytes: int = 0  # moved between memory and processor, by closed formulas
-    seconds: float = 0.0  # measured; those of the gate are counted with what it judged
+    seconds: float = 0.0  # measured
 
     def plus(self, other: Cost) -> Cost:
         """The cost of both."""
@@ -76,12 +76,22 @@ class Budget:
 
     def level(self, ledger: Ledger) -> int:
         """FLOPs that may be spent now; negative after a change to a smaller ratio."""
-        earned = math.floor(Fraction(self.offline_ratio) * ledger.wake.flops)
-        return earned + ledger.granted - ledger.lost - ledger.asleep.flops
+        level = self._most(ledger) - ledger.lost
+        return level if math.isinf(self.burst) else min(level, math.floor(self.burst))
 
     def earn(self, ledger: Ledger, wake: Cost) -> Ledger:
         """The ledger after reading; what does not fit into the bucket is lost."""
-        return self._cap(ledger._replace(wake=ledger.wake.plus(wake)))
+        ledger = ledger._replace(wake=ledger.wake.plus(wake))
+        return ledger._replace(lost=self._most(ledger) - self.level(ledger))
+
+    def taken_over(self, ledger: Ledger, before: Budget) -> Ledger:
+        """The ledger when this budget takes the place of `before`.
+
+        What could be spent then can be spent now, as far as this bucket holds it and this ratio
+        would have earned it; nothing is earned after the fact.
+        """
+        most = self._most(ledger)
+        return self.earn(ledger._replace(lost=most - min(most, before.level(ledger))), Cost())
 
     def spend(self, ledger: Ledger, kind: Asleep, cost: Cost) -> Ledger:
         """The ledger after paying; to be called before the work is done.
@@ -98,8 +108,7 @@ class Budget:
         """The ledger when sleep that was paid for is thrown away."""
         return ledger._replace(sleep=ledger.sleep.minus(cost), wasted=ledger.wasted.plus(cost))
 
-    def _cap(self, ledger: Ledger) -> Ledger:
-        if math.isinf(self.burst):
-            return ledger
-        over = self.level(ledger) - math.floor(self.burst)
-        return ledger._replace(lost=ledger.lost + max(0, over))
+    def _most(self, ledger: Ledger) -> int:
+        """The level if nothing had been lost."""
+        earned = math.floor(Fraction(self.offline_ratio) * ledger.wake.flops)
+        return earned + ledger.granted - ledger.asleep.flops

@@ -8,11 +8,12 @@ Shapes: B lanes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from wakesleep.consolidation.budget import Asleep, Cost, Ledger
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.consolidation.tail import tail_flops, tail_nats
+from wakesleep.ttl.flops import most_keys
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import StreamState, merge
 
@@ -53,16 +55,17 @@ class Night(ABC):
         self.model, self.config = model, config
         self.start, self.state = state, state
         self.before, self.ledger = ledger, ledger
-        self.begin = time.monotonic()
+        self.begin, self.gate_seconds = time.monotonic(), 0.0
         self.units = self.written = self.rejected = self.released = 0
         self.rules: dict[str, int] = {}
         self.tail: Tensor | None = None
         self.tail_cost = Cost(tail_flops(model, state))
+        self.most_tail_cost = Cost(tail_flops(model, state, most_keys(model.config)))
 
     @property
     @abstractmethod
-    def last_cost(self) -> Cost:
-        """What the questions at the end cost."""
+    def questions(self) -> Cost:
+        """What is asked at the end beside the window."""
 
     @property
     @abstractmethod
@@ -87,16 +90,24 @@ class Night(ABC):
         return self.state
 
     @property
+    def last_cost(self) -> Cost:
+        """What all questions at the end cost at most: sleep lets the softmax see more keys."""
+        return total(self.most_tail_cost, self.questions)
+
+    @property
     def least(self) -> int:
         """FLOPs of a look at the window, one unit, and the last look."""
         return self.tail_cost.flops + self.last_cost.flops + self.unit_flops
 
     def run(self, stop: Callable[[], bool]) -> str:
         """Ask for the window, then work; returns why it ended."""
+        if self.config.does_nothing:
+            return f"passes={self.config.num_passes} leaves nothing to do"
         if self.config.bucket.level(self.ledger) < self.least:
             return "the budget is smaller than one unit"
         self.spend("gate", self.tail_cost)
-        self.tail = tail_nats(self.model, self.start)
+        with self.judging():
+            self.tail = tail_nats(self.model, self.start)
         return self.work(stop)
 
     def finish(self, reason: str) -> tuple[StreamState, Ledger, SleepReport]:
@@ -104,11 +115,14 @@ class Night(ABC):
         before = after = audited = None
         lanes = torch.full_like(self.start.position, self.changed, dtype=torch.bool)
         if self.changed:
-            self.spend("gate", self.last_cost)
-            lanes, audited, harm = self.unharmed()
+            tail = Cost(tail_flops(self.model, self.state))
+            self.spend("gate", total(tail, self.questions))
+            with self.judging():
+                lanes, audited, harm = self.unharmed()
             reason = reason if bool(lanes.any()) or reason == INTERRUPTED else harm
         if bool(lanes.any()) and self.tail is not None:
-            worse = (tail_nats(self.model, self.state) - self.tail).double()
+            with self.judging():
+                worse = (tail_nats(self.model, self.state) - self.tail).double()
             bound = worse.mean(1) + CONFIDENCE * worse.std(1) / math.sqrt(worse.shape[1])
             lanes = lanes & (bound <= self.config.tail_loss)
             before = float(self.tail.double().mean())
@@ -118,7 +132,10 @@ class Night(ABC):
         accepted = bool(lanes.any())
         state = merge(lanes, self.settled(), self.start) if accepted else self.start
         seconds = time.monotonic() - self.begin
-        ledger = self.ledger._replace(sleep=self.ledger.sleep.plus(Cost(seconds=seconds)))
+        ledger = self.ledger._replace(
+            sleep=self.ledger.sleep.plus(Cost(seconds=seconds - self.gate_seconds)),
+            gate=self.ledger.gate.plus(Cost(seconds=self.gate_seconds)),
+        )
         spent = ledger.sleep.minus(self.before.sleep)
         back = int((~lanes).sum())
         ledger = self.config.bucket.waste(ledger, share(spent, back, len(lanes)))
@@ -136,6 +153,13 @@ class Night(ABC):
             seconds=seconds,
         )
         return state, ledger, report
+
+    @contextlib.contextmanager
+    def judging(self) -> Iterator[None]:
+        """Count the seconds in here as the gate's."""
+        begin = time.monotonic()
+        yield
+        self.gate_seconds += time.monotonic() - begin
 
     def affords(self, cost: Cost) -> bool:
         """Whether this can be paid, and the last questions after it."""

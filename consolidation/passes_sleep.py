@@ -70,13 +70,13 @@ class PassesNight(Night):
         layers = model.config.fast_layers
         self.judged = [layer for layer in layers if state.blocks[layer].store is not None]
         keeping = (keep_cost(sizes_of(state.blocks[layer])) for layer in self.judged)
-        self._last_cost = total(self.tail_cost, *keeping)
+        self._keeping = total(*keeping)
         self.pass_cost = self._pass_cost()
 
     @property
-    def last_cost(self) -> Cost:
-        """Of a look at the window, at stored pairs and at noise."""
-        return self._last_cost
+    def questions(self) -> Cost:
+        """Of stored pairs and of noise."""
+        return self._keeping
 
     @property
     def unit_flops(self) -> int:
@@ -90,8 +90,6 @@ class PassesNight(Night):
 
     def run(self, stop: Callable[[], bool]) -> str:
         """Make all passes that can be paid, if there is something to pass over."""
-        if self.config.num_passes < 2:
-            return "reading was the only pass"
         if not self.rows:
             return "there is nothing to pass over"
         phase = self.start.position % self.model.config.chunk

@@ -83,13 +83,12 @@ class ReplayNight(Night):
         """generator: of the cues; on the CPU."""
         super().__init__(model, state, config, ledger)
         self.layers, self.generator = replay_layers(model.config), generator
-        audits = (audit_cost(self._sizes(layer)) for layer in self.layers)
-        self._last_cost = total(self.tail_cost, *audits)
+        self._audits = total(*(audit_cost(self._sizes(layer)) for layer in self.layers))
 
     @property
-    def last_cost(self) -> Cost:
-        """Of a look at the window and at the sealed pairs."""
-        return self._last_cost
+    def questions(self) -> Cost:
+        """Of the sealed pairs."""
+        return self._audits
 
     @property
     def unit_flops(self) -> int:
@@ -99,8 +98,10 @@ class ReplayNight(Night):
 
     @property
     def changed(self) -> bool:
-        """Whether pairs were written or places freed."""
-        return self.written + self.released > 0
+        """Whether pairs were written, places freed, or keys shown that are stored no more."""
+        olds = [[s.blocks[i].fast.old for s in (self.start, self.state)] for i in self.layers]
+        shown = any(a is not None and not torch.equal(a.open, b.open) for a, b in olds)
+        return shown or self.written + self.released > 0
 
     def work(self, stop: Callable[[], bool]) -> str:
         """Release, then write unit by unit."""
@@ -156,7 +157,8 @@ class ReplayNight(Night):
         full = change(fast, pairs, lam, steps)
         noise = torch.randn(NOISE_CUES, sizes.head_dim, generator=self.generator)
         cues = unit_key(noise.to(fast.s.device))
-        verdict = judge(fast, full, pairs, cues, tolerance)
+        with self.judging():
+            verdict = judge(fast, full, pairs, cues, tolerance)
         passed = verdict.step > 0
         new = advance(fast, full, verdict.step)
         known = known_after(new, pairs, tolerance) & passed[..., None]

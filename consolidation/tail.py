@@ -5,9 +5,12 @@ Shapes: B lanes, W window, C chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from wakesleep.ttl.fast import open_keys
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import SPAN, StreamState, closed_memory
@@ -39,10 +42,18 @@ def tail_nats(model: TTLModel, state: StreamState) -> Tensor | None:
     return cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
 
 
-def tail_flops(model: TTLModel, state: StreamState) -> int:
-    """What `tail_nats` costs, all lanes together."""
+def tail_flops(model: TTLModel, state: StreamState, held: Sequence[int] | None = None) -> int:
+    """What `tail_nats` costs, all lanes together.
+
+    Args:
+        held: keys of an MLP that the softmax sees, in each layer of fast weights; None = the
+            state's.
+    """
     window, C = model.window_of(state), model.config.chunk
+    if held is None:
+        held = [open_keys(state.blocks[layer].fast) for layer in model.config.fast_layers]
     stores = [block.store for block in state.blocks if block.store is not None]
-    sizes = {"window": window, "capacity": stores[0].position.shape[-1] if stores else None}
+    capacity = stores[0].position.shape[-1] if stores else None
+    sizes = {"window": window, "capacity": capacity, "held": held}
     starts = (state.position // C * C - window).tolist()
     return sum(wake_flops(model.config, at, window, **sizes) for at in starts if at >= 0)

@@ -77,6 +77,10 @@ class Progress:
         """Show what a sleep came to."""
         self.say(dream(line))
 
+    def sleepless(self, why: str) -> None:
+        """Show why it never sleeps."""
+        self.say(f"no sleep: {why}")
+
     def say(self, text: str) -> None:
         """Tell something, above the bar if there is one."""
         if self._bar:

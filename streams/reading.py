@@ -7,6 +7,7 @@ the same at the same places. Nothing here grows with the stream.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -46,6 +47,9 @@ class Watch(Protocol):
     def slept(self, line: Mapping[str, Any]) -> None:
         """A sleep has ended; a line was added to sleeps.jsonl."""
 
+    def sleepless(self, why: str) -> None:
+        """Sleep is wanted, and its budget can never pay for it; told once."""
+
 
 class Reading:
     """One call of `stream`: carry out a plan and keep the folder up to date."""
@@ -63,6 +67,7 @@ class Reading:
         """saved: what the manifest's state file holds, if that is the runner's."""
         self.folder, self.manifest, self.runner, self.saved = folder, manifest, runner, saved
         self._recorder, self._stop, self._watch = recorder, stop, watch
+        self._told_why = False  # nothing sleeps
         config, self._sleeper = manifest.config, None
         if config.sleep.rule != "none":
             self._sleeper = Sleeper(config.sleep, config.seed, runner)
@@ -112,7 +117,7 @@ class Reading:
             Stopped: a signal came; the sleeps before it are saved.
         """
         sleeper, lines, left = Sleeper(config, self.manifest.config.seed, self.runner), [], grant
-        while left >= sleeper.least:
+        while not config.does_nothing and left >= sleeper.least:
             line = self._sleep(sleeper, "idle", left)
             if line is None:
                 break
@@ -154,7 +159,8 @@ class Reading:
             limit=limit,
         )
         self.sleep_if_due()  # a signal may have come in the middle of a sleep
-        while segment := self.fetch(reader.read):
+        # a document that begins inside a chunk has no segment that ends at a boundary by itself
+        while segment := self.fetch(lambda: reader.read(self._reach())):
             before = self.runner.tokens
             self.runner.read(segment)
             self._recorder.ids(segment.ids)
@@ -211,9 +217,17 @@ class Reading:
         if self._sleeper is None or self._stop:
             return
         trigger = self._sleeper.due(idle=idle)
+        if trigger is None and self._watch is not None and not self._told_why:
+            if why := self._sleeper.unpaid(ever=True):
+                self._watch.sleepless(why)
+                self._told_why = True
         if trigger is not None and self._sleep(self._sleeper, trigger) is None:
             self.save()
             raise Stopped(self._stop.number)
+
+    def _reach(self) -> float:
+        """Tokens of the next segment at most."""
+        return math.inf if self._sleeper is None else self._sleeper.reach()
 
     def _sleep(self, sleeper: Sleeper, trigger: str, grant: int | None = None) -> dict | None:
         """Sleep once and record it; None if a signal came, and nothing has happened."""

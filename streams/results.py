@@ -18,8 +18,12 @@ BAR = 20  # columns
 Fact = Mapping[str, Any]  # a row of `facts` in summary.json
 
 
-def final_table(folder: Path, summary: Mapping[str, Any]) -> str:
-    """The summary of a session as a page of plain text."""
+def final_table(folder: Path, summary: Mapping[str, Any], sleepless: str | None = None) -> str:
+    """The summary of a session as a page of plain text.
+
+    Args:
+        sleepless: why it never slept, though it should have.
+    """
     title = f"{count(summary['tokens'])} tokens read in {duration(summary['seconds'])}"
     if summary["resumed_at"]:
         title += f", resumed {len(summary['resumed_at'])}x"
@@ -32,6 +36,8 @@ def final_table(folder: Path, summary: Mapping[str, Any]) -> str:
     ]
     if summary["nonfinite_rows"]:
         rows.append(("not finite", f"{summary['nonfinite_rows']:,} rows, kept out of all memories"))
+    if sleepless:
+        rows.append(("sleep", f"none: {sleepless}"))
     facts = summary["facts"]
     if facts:
         right = sum(bool(fact["correct"]) for fact in facts)

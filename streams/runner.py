@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from wakesleep.consolidation.budget import Budget, Cost
+from wakesleep.consolidation.replay import opened
 from wakesleep.streams.language_model import LanguageModel
 from wakesleep.streams.meters import Meters, Span
 from wakesleep.streams.segments import Segment
 from wakesleep.streams.stream_config import StreamConfig
-from wakesleep.ttl.fast import open_keys
+from wakesleep.ttl.fast import held_keys, open_keys
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.state import StreamState, map_state, nbytes
 
@@ -125,7 +126,7 @@ class StreamRunner:
         self._earn(before.stream.position.tolist(), lengths.tolist(), time.monotonic() - begin)
         last = logits[torch.arange(len(ids), device=device), (counts - 1).clamp(min=0)]
         last = torch.where(counts[:, None] > 0, last, before.logits)
-        self.carried = Carried(stream, last)
+        self.carried = Carried(_with_let_go(stream), last)
         self._count_seconds(time.monotonic())
 
     def _reset(self, lanes: Tensor) -> None:
@@ -218,6 +219,15 @@ def store_fill(state: StreamState) -> float | None:
     if not stores:
         return None
     return sum(float((s.position >= 0).double().mean()) for s in stores) / len(stores)
+
+
+def _with_let_go(state: StreamState) -> StreamState:
+    """The state in which the next segment reads from an MLP what the store has let go of."""
+    blocks = tuple(
+        block._replace(fast=opened(block.fast, block.store)) if held_keys(block.fast) else block
+        for block in state.blocks
+    )
+    return state._replace(blocks=blocks)
 
 
 def _nats(before: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:

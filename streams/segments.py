@@ -66,10 +66,14 @@ class SegmentReader:
         """Tell whether no token is left; what was to be inserted later on is dropped."""
         return not self._due() and self._reader.finished
 
-    def read(self) -> Segment | None:
-        """Return the next segment, or None at the document's end or at the limit."""
+    def read(self, most: float = float("inf")) -> Segment | None:
+        """Return the next segment, or None at the document's end or at the limit.
+
+        Args:
+            most: tokens of a segment that is to end before the grid does.
+        """
         end = (self.tokens // self._segment_len + 1) * self._segment_len
-        end = int(min(end, self._limit))
+        end = int(min(end, self._limit, self.tokens + most))
         ids, own = [], []
         while self.tokens < end:
             if due := self._due():

@@ -39,7 +39,7 @@ from wakesleep.streams.recorder import (
 )
 from wakesleep.streams.runner import Carried, StreamRunner
 from wakesleep.streams.session_loading import Loaded, environment_of, load_session
-from wakesleep.streams.sleeping import check_sleep
+from wakesleep.streams.sleeping import Sleeper, check_sleep
 from wakesleep.streams.snapshot import (
     holds_session,
     locked,
@@ -47,7 +47,7 @@ from wakesleep.streams.snapshot import (
     remove_leftovers,
     write_snapshot,
 )
-from wakesleep.streams.stopping import StopSignals
+from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.stream_config import StreamConfig
 from wakesleep.streams.summary import read_sleeps, read_summary, summarise, write_summary
 from wakesleep.streams.token_reader import TokenReader, open_tokens
@@ -93,6 +93,7 @@ class Session:
                 check_length(folder / METRICS, manifest.metrics_bytes)
                 check_length(folder / IDS, manifest.ids_bytes)
                 check_length(folder / SLEEPS, manifest.sleeps_bytes)
+                read_sleeps(folder, manifest.sleeps_bytes)  # at the end it would be too late
             loaded = load_session(folder, manifest, options, model)
             return cls(folder, loaded, lock.pop_all())
 
@@ -166,7 +167,7 @@ class Session:
         first = None if several else self._open_first(prepared.plan)
         if self.manifest is None:
             self._create(prepared.config, prepared.facts)
-        self._adopt_config()
+        self._adopt_config(self.config)
         with self._reading(watch) as reading:
             if several:
                 tokenizer = self.language_model.tokenizer
@@ -191,35 +192,48 @@ class Session:
     def sleep(self, grant: int, *, watch: Watch | None = None) -> list[dict[str, Any]]:
         """Sleep over what was read, with nothing to read; returns a row per sleep.
 
-        Without a rule of its own the session sleeps by replay, here and nowhere else.
+        Without a rule of its own the session sleeps by replay, here and nowhere else. The keys of
+        sleep count for this call, all others are the session's from now on.
 
         Args:
             grant: FLOPs that may be spent, beside what `sleep.offline_ratio` allows.
 
         Raises:
             Refused: nothing was read, a negative grant, or a model that cannot sleep.
-            Stopped: Ctrl-C or SIGTERM; the sleeps that were finished are saved.
+            Stopped: Ctrl-C or SIGTERM; the sleeps that were finished are saved, with a summary.
         """
         self._check_writable()
         if self.manifest is None or not self.tokens:
             raise Refused(f"there is nothing to sleep over in {self.folder}")
         if grant < 0:
             raise Refused(f"sleep.budget={grant}: expected FLOPs, at least 0")
-        config = self._rest_config()
+        config = self.rest_config
         check_sleep(config, self.language_model.model)
-        with self._reading(watch, sleeps=True) as reading:
-            rows = reading.rest(config, grant)
+        self._adopt_config(dataclasses.replace(self.config, sleep=self.manifest.config.sleep))
+        try:
+            with self._reading(watch, sleeps=True) as reading:
+                rows = reading.rest(config, grant)
+        except Stopped:
+            self._new_summary()
+            raise
         self._new_summary()
         return rows
 
-    def _rest_config(self) -> SleepConfig:
+    @property
+    def rest_config(self) -> SleepConfig:
         """How it sleeps at rest."""
         config = self.config.sleep
         return dataclasses.replace(config, rule="replay") if config.rule == "none" else config
 
     def least_budget(self) -> int:
         """FLOPs below which a sleep would not begin."""
-        return least_cost(self.language_model.model, self.runner.state, self._rest_config())
+        return least_cost(self.language_model.model, self.runner.state, self.rest_config)
+
+    def unpaid_sleep(self) -> str | None:
+        """Why a stream that should have slept never did, in words; None if it did, or need not."""
+        if self.runner.meters.sleeps:
+            return None
+        return Sleeper(self.config.sleep, self.config.seed, self.runner).unpaid()
 
     def save(self) -> None:
         """Write a snapshot now; `read` does so by itself.
@@ -230,7 +244,7 @@ class Session:
         self._check_writable()
         if self.manifest is None:
             self._create(with_fact_count(self.config, 0), ())
-        self._adopt_config()
+        self._adopt_config(self.config)
         with self._reading(None) as reading:
             reading.save()
 
@@ -308,14 +322,16 @@ class Session:
                     "move that file away, or use another --session",
                 )
 
-    def _adopt_config(self) -> None:
+    def _adopt_config(self, config: StreamConfig) -> None:
         """Make the options of this call the session's; session.json follows with a snapshot."""
-        path, text = self.folder / "config.yaml", to_yaml(self.config).encode()
+        meters, before = self.runner.meters, self.manifest.config.sleep.bucket
+        meters.ledger = config.sleep.bucket.taken_over(meters.ledger, before)
+        path, text = self.folder / "config.yaml", to_yaml(config).encode()
         if not path.is_file() or path.read_bytes() != text:
             write_atomically(path, text)
         self.manifest = dataclasses.replace(
             self.manifest,
-            config=self.config,
+            config=config,
             threads=torch.get_num_threads(),
             environment=environment_of(self.language_model),
         )

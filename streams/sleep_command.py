@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wakesleep.streams.console import Console, typed
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.quantities import count, duration
+from wakesleep.streams.stopping import Stopped
+
+if TYPE_CHECKING:
+    from wakesleep.streams.session import Session
 
 SUMMARY = "sleep over a session at rest, on a budget of its own"
 FLAGS = ("--json", "--quiet", "--debug")
@@ -48,10 +53,18 @@ def run(arguments: argparse.Namespace) -> int:
     read_manifest(Path(folder))  # before a folder is opened that would be a new session
     with Session.open(folder, **split_overrides(overrides)) as session:
         console.say(f"sleeping over {typed(folder)}; Ctrl-C keeps the sleeps that are finished")
-        with Progress(console, session.tokens) as progress:
-            rows = session.sleep(grant, watch=progress)
-        least = session.least_budget()
-    console.result(_totals(rows), _words(folder, rows, grant, least))
+        granted = session.runner.meters.ledger.granted
+        try:
+            with Progress(console, session.tokens) as progress:
+                rows = session.sleep(grant, watch=progress)
+        except Stopped:
+            left = grant - session.runner.meters.ledger.granted + granted
+            console.warn(f"stopped; the sleeps that were finished are saved in {typed(folder)}")
+            keys = shlex.join([f"{BUDGET}={left}", *overrides])
+            console.warn(f"go on with: wakesleep sleep {typed(folder)} {keys}")
+            raise
+        words = _words(folder, rows, grant) if rows else _no_sleep(session, grant)
+    console.result(_totals(rows), words)
     return 0
 
 
@@ -81,12 +94,14 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"sleeps": rows, **{name: sum(row[name] for row in rows) for name in sums}}
 
 
-def _words(folder: str, rows: list[dict[str, Any]], grant: int, least: int) -> str:
-    if not rows:
-        return (
-            f"slept nothing: a sleep here takes {count(least)} FLOPs at least, "
-            f"{BUDGET} is {count(grant)}"
-        )
+def _no_sleep(session: Session, grant: int) -> str:
+    if session.rest_config.does_nothing:
+        return f"slept nothing: sleep.passes={session.rest_config.num_passes} leaves nothing to do"
+    least = count(session.least_budget())
+    return f"slept nothing: a sleep here takes {least} FLOPs at least, {BUDGET} is {count(grant)}"
+
+
+def _words(folder: str, rows: list[dict[str, Any]], grant: int) -> str:
     taken = [row for row in rows if row["accepted"]]
     written, released = (sum(row[name] for row in taken) for name in ("written", "released"))
     what = f"{written:,} pairs written, {released:,} places freed"

@@ -7,6 +7,7 @@ own number: a stream that was killed and resumed sleeps where, and as, it would 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from wakesleep.consolidation.sleep import (
 from wakesleep.consolidation.sleep_config import SleepConfig, Trigger
 from wakesleep.consolidation.triggers import Signals, after_sleep, observe, wanted
 from wakesleep.streams.errors import Refused
+from wakesleep.streams.quantities import count
 from wakesleep.streams.runner import StreamRunner, store_fill
 from wakesleep.ttl.model import TTLModel
 
@@ -56,21 +58,40 @@ class Sleeper:
         """What asks for sleep, if it may have it: at a boundary of chunks, with budget for a unit.
 
         Args:
-            idle: nothing is left to read; then any place will do.
+            idle: nothing is left to read; to the trigger of that name any place will do.
         """
-        model, state = self.runner.language_model.model, self.runner.state
-        at_boundary = not bool((state.position % model.config.chunk).any())
-        if self.config.does_nothing or not (at_boundary or idle):
+        config = self.config
+        if config.does_nothing:
             return None
-        asks = wanted(
-            self.config,
-            self.runner.meters.triggers,
-            self._signals(0, idle=idle),
-            model.config.recent or model.window_of(state),
+        if self._to_boundary:
+            if not idle or "idle" not in config.triggers:
+                return None
+            config = dataclasses.replace(config, trigger=("idle",))
+        return self._asks(config, idle)
+
+    def reach(self) -> float:
+        """Tokens of the next segment at most: to a boundary, if sleep is due but for that."""
+        if self.config.does_nothing or not self._to_boundary:
+            return math.inf
+        return math.inf if self._asks(self.config) is None else self._to_boundary
+
+    def unpaid(self, *, ever: bool = False) -> str | None:
+        """Why sleep that is wanted is not paid for, in words; None if it is, or none is wanted.
+
+        Args:
+            ever: only if the bucket can never hold enough for it.
+        """
+        config = self.config
+        if config.does_nothing or not config.offline_ratio or (ever and math.isinf(config.burst)):
+            return None
+        if self._wanted(config, idle=not ever) is None:
+            return None
+        least, holds = self.least, [("sleep.burst", config.burst)]
+        holds += [] if ever else [("the budget", self.level)]
+        words = f"a sleep takes {count(least)} FLOPs at least"
+        return next(
+            (f"{words}, {name} is {count(has)}" for name, has in holds if has < least), None
         )
-        if asks is None or self.level < self.least:
-            return None
-        return asks
 
     @property
     def level(self) -> int:
@@ -93,7 +114,7 @@ class Sleeper:
         runner, meters, config = self.runner, self.runner.meters, self.config
         before = meters.ledger
         if grant is not None:
-            config = dataclasses.replace(config, offline_ratio=0.0)
+            config = dataclasses.replace(config, offline_ratio=0.0, burst=math.inf)
             before = Ledger(granted=grant)
         number = (self.seed * 1_000_003 + meters.sleeps) % 2**63
         generator = torch.Generator().manual_seed(number)
@@ -116,6 +137,26 @@ class Sleeper:
             "wasted_flops": ledger.wasted.flops - before.wasted.flops,
             "store_fill": store_fill(runner.state),
         }
+
+    @property
+    def _to_boundary(self) -> int:
+        """Tokens to the next boundary of chunks, of the lane that is farthest from it; 0 at one."""
+        chunk = self.runner.language_model.model.config.chunk
+        return int((-self.runner.state.position % chunk).max())
+
+    def _asks(self, config: SleepConfig, idle: bool = False) -> Trigger | None:
+        """What asks for sleep and has the budget for it, here or at the next boundary."""
+        asks = self._wanted(config, idle)
+        return None if asks is None or self.level < self.least else asks
+
+    def _wanted(self, config: SleepConfig, idle: bool) -> Trigger | None:
+        model, state = self.runner.language_model.model, self.runner.state
+        return wanted(
+            config,
+            self.runner.meters.triggers,
+            self._signals(0, idle=idle),
+            model.config.recent or model.window_of(state),
+        )
 
     def _signals(self, segment: int, idle: bool = False) -> Signals:
         runner, lanes = self.runner, len(self.runner.state.position)

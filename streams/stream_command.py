@@ -141,7 +141,8 @@ def _read(session: Session, prepared: Prepared, console: Console) -> None:
         raise
     if prepared.plan.tasks or _lacks_plots(session.folder):
         _draw(session.folder, console)
-    console.result(summary, final_table(session.folder, summary))
+    table = final_table(session.folder, summary, session.unpaid_sleep())
+    console.result(summary, table)
 
 
 def _draw(folder: Path, console: Console) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wakesleep.streams.errors import Refused
 from wakesleep.streams.manifest import Manifest
 from wakesleep.streams.meters import peak_rss_bytes
 from wakesleep.streams.recorder import SLEEPS
@@ -14,6 +15,9 @@ from wakesleep.ttl.files import open_regular, write_atomically
 
 SUMMARY = "summary.json"
 MAX_BYTES = 1 << 26
+MAX_LOG_BYTES = 1 << 25  # of sleeps that a summary shows
+MAX_FILE_BYTES = 1 << 40
+COUNTS = ("tokens", "wake_flops", "sleep_flops", "gate_flops", "wasted_flops", "sleeps")
 
 
 def summarise(
@@ -36,6 +40,7 @@ def summarise(
         "sleep_flops": meters.ledger.sleep.flops,
         "gate_flops": meters.ledger.gate.flops,
         "wasted_flops": meters.ledger.wasted.flops,
+        "granted_flops": meters.ledger.granted,
         "sleeps": meters.sleeps,
         "sleep_log": sleep_log or [],
         "offline_ratio": 0 if sleep.rule == "none" else sleep.offline_ratio,
@@ -51,14 +56,26 @@ def summarise(
 def read_sleeps(folder: Path, nbytes: int) -> list[dict[str, Any]]:
     """The sleeps in the first `nbytes` of sleeps.jsonl, as they were recorded.
 
+    Of more than 32 MiB, some fifty thousand sleeps, the last ones.
+
     Raises:
-        ValueError: the file is not what a session wrote.
+        Refused: the file is not what a session wrote.
     """
     if not nbytes:
         return []
-    with open_regular(folder / SLEEPS, MAX_BYTES) as file:
-        lines = file.read()[:nbytes].splitlines()
-    return [parse_json(line, SLEEPS) for line in lines]
+    start = max(0, nbytes - MAX_LOG_BYTES)
+    try:
+        with open_regular(folder / SLEEPS, MAX_FILE_BYTES) as file:
+            file.seek(start)
+            lines = file.read(nbytes - start).splitlines()
+        rows = [parse_json(line, SLEEPS) for line in lines[1 if start else 0 :]]
+        if not all(type(row) is dict for row in rows):
+            raise ValueError(f"{SLEEPS}: a line is no object")
+    except ValueError as error:
+        what = str(error).splitlines()[0]
+        remedy = "put it back as it was, or use another --session"
+        raise Refused(f"the session in {folder} cannot be used", what, remedy) from error
+    return rows
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -74,9 +91,10 @@ def read_summary(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
             summary = parse_json(file.read(), SUMMARY)
     except ValueError:
         return None
-    if type(summary) is not dict or summary.get("tokens") != manifest.tokens:
+    now = summarise(manifest, 0, [])
+    if type(summary) is not dict or any(summary.get(name) != now[name] for name in COUNTS):
         return None
-    whole = _kinds(summary) == _kinds(summarise(manifest, 0, []))
+    whole = _kinds(summary) == _kinds(now)
     return summary if whole and all(map(_is_fact, summary["facts"])) else None
 
 

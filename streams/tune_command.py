@@ -72,10 +72,16 @@ def run(arguments: argparse.Namespace) -> int:
     console.say("Ctrl-C saves and stops; the same command goes on")
     try:
         with Trials(console, config.tokens) as trials:
-            report, files = study.carry_out(trials, quiet=console.quiet)
+            left = study.carry_out(trials, quiet=console.quiet)
     except Stopped:
         console.warn(f"stopped and saved; go on with: {_again(arguments)}")
         raise
+    if left:
+        words = f"others are still at {left} of {study.wanted} settings"
+        data = {"settings": study.wanted, "measured": len(study.results)}
+        console.result(data, f"{words}; once they are done, this reports: {_again(arguments)}")
+        return 0
+    report, files = study.report()
     pictures = ", ".join(path.name for path in files if path.suffix == ".png")
     words = [*conclusions(config, report), f"table and pictures: {folder / 'table.md'}, {pictures}"]
     words.append(f"next: wakesleep stream DOC --config {typed(folder / 'cheaper.yaml')}")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from wakesleep.streams.config import flat
 from wakesleep.streams.console import Console
@@ -34,6 +35,7 @@ class Study:
             Refused: a setting that cannot be, or none whose state is small enough.
         """
         self.folder, self.config, self.workers = folder, config, workers
+        self.results: list[dict[str, Any]] = []  # when they were last looked at
         first = config.settings()[0]
         self.language_model = load_language_model(config.stream_config(first).model)
         for seed in config.seeds:
@@ -64,11 +66,14 @@ class Study:
         """Make the folder, or find the study in it."""
         check_record(self.folder, self.config, self.language_model.model_sha256)
 
-    def carry_out(self, trials: Trials, *, quiet: bool = False) -> tuple[Report, list[Path]]:
-        """Measure what is left, with all workers, and write the report; returns it and its files.
+    def carry_out(self, trials: Trials, *, quiet: bool = False) -> int:
+        """Measure what is left, with all workers.
 
         Args:
             trials: shows how this process gets on; others print a line per setting unless quiet.
+
+        Returns:
+            How many settings other processes are still at; 0: `report` can be made.
 
         Raises:
             Stopped: a signal came; all streams are saved.
@@ -97,7 +102,13 @@ class Study:
             for process in others:
                 process.join()
             raise
-        report = make_report(self.config, tuning.results())
+        self.results = tuning.results()
+        first = any(result["values"] == self.allowed[0] for result in self.results)
+        return max(self.wanted - len(self.results), 0 if first else 1)
+
+    def report(self) -> tuple[Report, list[Path]]:
+        """Write what the results come to; returns it and its files."""
+        report = make_report(self.config, self.results)
         files = write_report(self.folder, self.config, report)
         return report, [*files, *draw_study(self.folder, self.config, report)]
 

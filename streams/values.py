@@ -143,7 +143,7 @@ def _number(raw: Any) -> float:
 
 def _member(raw: Any, members: tuple) -> Any:
     by_name = {str(member): member for member in members}
-    return by_name[_among(str(raw), by_name)]
+    return by_name[_among("none" if raw is None else str(raw), by_name)]  # YAML's null is none
 
 
 def _among(text: str, known: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ def flop_table(config: ModelConfig) -> str:
     """MFLOP per token by part, for people: whole pages (or chunks), store and fast weights full."""
     full, tokens = _full(config)
     rows: dict[str, tuple[float, list[str]]] = {}
-    for cost in segment_flops(config, full, tokens, held=_all_keys(config)):
+    for cost in segment_flops(config, full, tokens, held=most_keys(config)):
         total, layers = rows.get(cost.part, (0.0, []))
         layers = layers if cost.layer is None else [*layers, str(cost.layer)]
         rows[cost.part] = total + (cost.matmul + cost.linalg) / tokens / 1e6, layers
@@ -142,10 +142,10 @@ def flop_table(config: ModelConfig) -> str:
 def token_flops(config: ModelConfig) -> float:
     """FLOPs of reading one token, as the last line of `flop_table` has them."""
     full, tokens = _full(config)
-    return wake_flops(config, full, tokens, held=_all_keys(config)) / tokens
+    return wake_flops(config, full, tokens, held=most_keys(config)) / tokens
 
 
-def _all_keys(config: ModelConfig) -> list[int]:
+def most_keys(config: ModelConfig) -> list[int]:
     """The keys that fast weights hold at most, layer by layer."""
     most = OLD_KEYS * config.head_dim if config.fast.kind == "mlp" else 0
     return [most] * len(config.fast_layers)

@@ -99,6 +99,36 @@ def test_a_smaller_ratio_after_the_fact_stops_sleep_until_it_is_paid_back():
     assert Budget(offline_ratio=0.5).level(later) == 10
 
 
+@pytest.mark.parametrize(("ratio", "burst", "level"), [
+    (0.1, 1e9, 10**9), (1.0, 1e9, 10**9), (1.0, 1e6, 10**6), (1.0, math.inf, 10**9),
+    (0.25, 1e9, 10**9), (0.0, 1e9, 0),
+])  # fmt: skip
+def test_what_was_saved_up_is_there_under_another_ratio_or_burst(ratio, burst, level):
+    before = Budget(offline_ratio=0.25, burst=1e9)
+    ledger, after = before.earn(Ledger(), Cost(10**12)), Budget(offline_ratio=ratio, burst=burst)
+    ledger = after.taken_over(ledger, before)
+    assert after.level(ledger) == level
+    more = after.level(after.earn(ledger, Cost(10**6)))
+    assert more == min(burst, level + math.floor(Fraction(ratio) * 10**6))
+
+
+def test_a_change_of_budget_never_adds_anything_and_the_same_one_changes_nothing():
+    last = None
+    for seed in range(300):
+        for budget, ledger in live(seed):
+            assert budget.taken_over(ledger, budget) == ledger
+            if last is not None:
+                old = budget.level(ledger)
+                changed = last.taken_over(ledger, budget)
+                level, earned = (
+                    last.level(changed),
+                    Fraction(last.offline_ratio) * ledger.wake.flops,
+                )
+                assert level <= min(old, last.burst) and changed.lost >= 0
+                assert level + changed.asleep.flops <= earned + changed.granted
+        last = budget
+
+
 @pytest.mark.parametrize(
     "options",
     [{"offline_ratio": -0.1}, {"offline_ratio": math.nan}, {"offline_ratio": 1e7}, {"burst": -1}],

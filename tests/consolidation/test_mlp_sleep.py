@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from wakesleep.consolidation.budget import Cost, Ledger
 from wakesleep.consolidation.gate import NOISE_CUES, judge, set_aside
 from wakesleep.consolidation.replay import Pairs, change, choose, keep_keys, seen_by
-from wakesleep.consolidation.sleep import pressure, sleep
+from wakesleep.consolidation.sleep import least_cost, pressure, sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
-from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights
+from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights, open_keys
 from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.model import ModelConfig, TTLModel
 from wakesleep.ttl.state import SPAN, StoreState, named_tensors
@@ -164,6 +164,54 @@ def test_it_pays_at_least_what_torch_counts_and_never_more_than_it_has(read):
         assert less.sleep.flops + less.gate.flops + less.wasted.flops <= wake
         assert smaller.reason == "the budget is spent" != report.reason
     assert 0 < smaller.written < report.written  # a cheaper unit
+
+
+def test_later_sleeps_pay_for_the_keys_that_the_softmax_sees_by_then(read):
+    model, state = read
+    seen, ledger = [], PLENTY
+    for turn in range(4):
+        with FlopCounterMode(display=False) as counter:
+            state, after, _ = night(model, state, ledger, seed=turn)
+        paid = after.asleep.flops - ledger.asleep.flops
+        assert 0 <= paid - counter.get_total_flops() < 0.05 * paid, turn
+        seen.append(open_keys(state.blocks[1].fast))
+        ledger = after
+        with torch.no_grad():
+            tokens = torch.randint(61, (2, 60), generator=torch.Generator().manual_seed(turn))
+            state = model(tokens, state)[1]
+    assert seen[0] == 0 < seen[1] < seen[3]
+
+
+def test_a_second_sleep_never_spends_more_than_it_has(read):
+    model, state = read
+    state, released = night(model, state)[0], []
+    config = SleepConfig(rule="replay", worth=-9.0)
+    least = least_cost(model, state, config)
+    for budget in (least, 2 * least, 10 * least):
+        with FlopCounterMode(display=False) as counter:
+            _, ledger, report = night(model, state, Ledger(wake=Cost(budget)), seed=1)
+        assert counter.get_total_flops() <= ledger.asleep.flops <= budget
+        released.append(report.released)
+    assert released[-1] > 0
+    assert night(model, state, Ledger(wake=Cost(least - 1)), seed=1)[2].reason.startswith("the bu")
+
+
+def test_a_sleep_in_vain_still_shows_keys_of_pairs_that_were_pushed_out_awake(read):
+    model, state = read
+    slept, ledger, _ = night(model, state)
+    tokens = torch.randint(61, (2, 200), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        state = model(tokens, slept)[1]
+    block = state.blocks[1]
+    bare = block.fast._replace(asleep=torch.full_like(block.fast.asleep, -1))
+    state = state._replace(blocks=(state.blocks[0], block._replace(fast=bare)))
+    after, spent, report = night(model, state, ledger, worth=1e9)
+    old, position = after.blocks[1].fast.old, after.blocks[1].store.position
+    inside = (old.position[..., None] == position[..., None, :]).any(-1)
+    assert torch.equal(old.open, (old.position >= 0) & ~inside) and old.open.any()
+    assert report.accepted and report.written == report.released == 0
+    again = night(model, after, spent, worth=1e9)[2]
+    assert not again.accepted and again.reason == "nothing more to write"
 
 
 def test_a_full_mlp_forgets_only_for_a_store_that_is_full_of_better_pairs(read):

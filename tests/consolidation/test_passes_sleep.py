@@ -82,7 +82,7 @@ def test_recurrence_is_passes_two_to_n_and_changes_fast_weights_alone(model):
         assert torch.equal(after.blocks[layer].fast.s, expected.blocks[layer].fast.s)
     assert report.accepted and report.reason == "all passes were made"
     assert ledger.sleep.flops > 0 == ledger.wasted.flops
-    assert ledger.sleep.seconds == pytest.approx(report.seconds)
+    assert ledger.asleep.seconds == pytest.approx(report.seconds)
 
 
 @torch.inference_mode()

@@ -82,7 +82,8 @@ def test_sleep_writes_what_the_store_holds_and_changes_nothing_else(model):
         marked = block.fast.asleep >= 0
         assert marked.sum() > 20 and not (marked & ~known).any()
     assert ledger.sleep.flops > 0 and ledger.wake == PLENTY.wake
-    assert ledger.sleep.seconds == pytest.approx(report.seconds) and report.seconds > 0
+    assert ledger.asleep.seconds == pytest.approx(report.seconds)
+    assert ledger.sleep.seconds > 0 < ledger.gate.seconds
 
 
 def test_heads_that_ask_for_other_things_than_keys_keep_their_pairs(model):
@@ -126,11 +127,11 @@ def test_a_second_sleep_frees_the_places_of_what_is_still_known(model):
     ("options", "wake"), [({"offline_ratio": 0.0}, 10**12), ({}, 0), ({"passes": 0}, 10**12)]
 )
 def test_without_budget_or_passes_no_bit_changes(model, options, wake):
-    state, ledger = read(model), Ledger(wake=Cost(wake))
-    after, spent, report = sleep(model, state, ledger, **options)
-    assert not changed(state, after) and not report.accepted and report.written == 0
-    assert spent.sleep.flops == spent.wasted.flops == 0
-    assert spent.asleep[:2] == (0, 0) or options.get("passes") == 0
+    awake, ledger = read(model), Ledger(wake=Cost(wake))
+    for state in (awake, sleep(model, awake)[0]):  # the second one has places to free
+        after, spent, report = sleep(model, state, ledger, **options)
+        assert not changed(state, after) and not report.accepted
+        assert spent.asleep[:2] == (0, 0) and report.written == report.released == 0
 
 
 def test_whatever_the_budget_it_is_never_exceeded_and_more_of_it_does_more(model):
@@ -175,7 +176,8 @@ def test_a_lane_that_predicts_its_window_worse_is_put_back(model, monkeypatch, l
     assert (report.reason == "the window was predicted worse") == (len(lanes) == 2)
     assert ledger.sleep.flops == pytest.approx(usual.sleep.flops * (1 - len(lanes) / B), abs=1)
     assert ledger.asleep.flops == usual.asleep.flops
-    assert ledger.wasted.seconds == pytest.approx(report.seconds * len(lanes) / B)
+    seconds = report.seconds - ledger.gate.seconds
+    assert ledger.wasted.seconds == pytest.approx(seconds * len(lanes) / B)
 
 
 @torch.no_grad()

@@ -94,6 +94,7 @@ def test_every_type_is_read_from_text():
     assert (config.rate, config.keep, config.path, config.layers) == (1e-3, False, None, (3, 4))
     assert config.betas == (0.5, 1.0) and config.shelf.order == "none"
     assert load("layers=").layers == ()
+    assert load_config(type(load()), None, {"shelf.order": None})[0].shelf.order == "none"
 
 
 def test_a_group_keeps_the_defaults_of_its_place():

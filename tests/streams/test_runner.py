@@ -129,6 +129,25 @@ def test_keys_of_fast_weights_that_are_read_are_paid_for(exact):
     assert wake_flops(config, 0, 20, held=[4]) > wake_flops(config, 0, 20)
 
 
+def test_a_written_pair_that_the_store_lets_go_of_is_read_from_the_next_segment_on(exact):
+    config = replace(exact.model.config, fast_layers=(1,), fast=FastConfig(kind="mlp"))
+    runner = StreamRunner(exact._replace(model=type(exact.model)(config).double()), capacity=8)
+    segments, shown = segments_of(torch.randint(8, 4096, (192,)), [96, 128, 160]), []
+    runner.read(segments[0])
+    stream = runner.state
+    fast, store = stream.blocks[1].fast, stream.blocks[1].store
+    fast.old.position[:, :, :8] = store.position
+    fast.old.k[:, :, :8] = store.k
+    fast.s.normal_()
+    for segment in segments[1:]:
+        runner.read(segment)
+        old, position = runner.state.blocks[1].fast.old, runner.state.blocks[1].store.position
+        inside = (old.position[..., None] == position[..., None, :]).any(-1)
+        assert torch.equal(old.open, (old.position >= 0) & ~inside)
+        shown.append(int(old.open.sum()))
+    assert 0 < shown[0] < shown[-1]
+
+
 def test_what_is_not_text_counts_neither_bits_nor_bytes(exact):
     ids = torch.randint(8, 4096, (20,)).numpy()
     own = np.random.default_rng(0).random(20) < 0.6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def test_a_stream_sleeps_where_it_should_and_tells_all_of_it(rested):
     assert summary["sleeps"] == len(log) == len((folder / "sleeps.jsonl").read_text().splitlines())
     assert [line["tokens"] for line in log] == [256 * (n + 1) for n in range(len(log))]
     assert len(log) == summary["tokens"] // 256 and summary["offline_ratio"] == 4.0
+    assert summary["granted_flops"] == 0
     assert sum(line["written"] for line in log) > 0 < sum(line["released"] for line in log)
     for name in ("sleep_flops", "gate_flops", "wasted_flops"):
         assert summary[name] == sum(line[name] for line in log)
@@ -101,6 +103,13 @@ def test_at_every_moment_no_more_is_spent_than_the_ratio_allows(tmp_path, sleepe
         total += spent(line)
         assert total <= ratio * awake * 1.2 * line["tokens"]
     assert summary["sleeps"] > 0
+
+
+@pytest.mark.parametrize(("triggers", "slept"), [(["every"], []), (["every", "idle"], ["idle"])])
+def test_inside_a_chunk_nothing_but_idle_asks(tmp_path, sleeper, text, triggers, slept):
+    sleep = SLEEP | {"every": 500, "trigger": triggers}
+    summary = stream(tmp_path / "s", sleeper, text, limit_tokens=505, segment_len=505, sleep=sleep)
+    assert [line["trigger"] for line in summary["sleep_log"]] == slept
 
 
 class StopInSleep(StopSignals):
@@ -176,6 +185,25 @@ def test_kill_9_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
     assert repeated(summary) == repeated(rested[1])
 
 
+def test_a_second_document_sleeps_at_boundaries_and_goes_on_after_ctrl_c(
+    tmp_path, sleeper, text, monkeypatch
+):
+    """It begins inside a chunk, so no segment of its grid ends at a boundary."""
+    more = tmp_path / "more.txt"
+    more.write_text(text.read_text()[4000:])
+    text.write_text(text.read_text()[:1000])
+    first = stream(tmp_path / "s", sleeper, text)["tokens"]
+    shutil.copytree(tmp_path / "s", tmp_path / "t")
+    summary = stream(tmp_path / "s", sleeper, more)
+    slept = [line["tokens"] for line in summary["sleep_log"] if line["tokens"] > first]
+    assert len(slept) > 1 and first % 16 and not any(tokens % 16 for tokens in slept)
+    for at in (2, 1):
+        interrupted(tmp_path / "t", monkeypatch, at, sleeper, more)
+    assert repeated(stream(tmp_path / "t", sleeper, more)) == repeated(summary)
+    assert tensors(tmp_path / "t") == tensors(tmp_path / "s")
+    assert metrics(tmp_path / "t") == metrics(tmp_path / "s")
+
+
 def test_sleep_can_begin_in_a_session_that_never_slept(tmp_path, sleeper, text):
     stream(tmp_path / "s", sleeper, text, sleep={"rule": "none"})
     more = tmp_path / "more.txt"
@@ -184,10 +212,44 @@ def test_sleep_can_begin_in_a_session_that_never_slept(tmp_path, sleeper, text):
     assert summary["sleeps"] > 0 and spent(summary) <= 4 * summary["wake_flops"]
 
 
+def test_a_bucket_keeps_its_level_when_its_ratio_changes(tmp_path, sleeper, text):
+    """A smaller ratio that would have earned what was saved up, too, takes nothing of it."""
+    small = SLEEP | {"every": 1 << 20, "burst": 1e6, "offline_ratio": 0.25}
+    before = stream(tmp_path / "s", sleeper, text, sleep=small)
+    assert before["sleeps"] == 0 and before["wake_flops"] > 1e8
+    more = tmp_path / "more.txt"
+    more.write_text("amber gate")
+    with Session.open(tmp_path / "s", sleeper, sleep={"offline_ratio": 0.1}) as opened:
+        opened.read(more)
+        ledger, bucket = opened.runner.meters.ledger, opened.config.sleep.bucket
+    assert bucket.level(ledger) == 10**6
+
+
+@pytest.mark.parametrize(
+    ("key", "told", "why"),
+    [("burst=1", 1, "sleep.burst is 1"), ("offline_ratio=1e-9", 0, "the budget is ")],
+)
+def test_a_budget_that_pays_for_no_sleep_is_told_of(
+    tmp_path, sleeper, text, capsys, key, told, why
+):
+    words = ["stream", str(text), "--session", str(tmp_path / "s"), f"model={sleeper}"]
+    words += ["segment_len=128", "threads=1", "sleep.rule=replay", f"sleep.{key}"]
+    assert main([*words, "sleep.every=256", "limit_tokens=1k", "sleep.trigger=every"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("no sleep: a sleep takes ") == told == err.count(why)
+    (row,) = (line for line in out.splitlines() if line.startswith("  sleep "))
+    assert "none: a sleep takes " in row and why in row
+    assert main(["stream", str(text), "--session", str(tmp_path / "s"), "sleep.burst=inf",
+                 "sleep.offline_ratio=4", "limit_tokens=2k"]) == 0  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "none: a sleep" not in out and "no sleep" not in err and "slept after" in err
+
+
 def test_idle_sleeps_when_all_is_read(tmp_path, sleeper, text):
     summary = stream(tmp_path / "s", sleeper, text, sleep=SLEEP | {"trigger": ["idle"]})
     (line,) = summary["sleep_log"]
     assert line["tokens"] == summary["tokens"] and line["trigger"] == "idle" and line["accepted"]
+    assert summary["tokens"] % 16  # it may be inside a chunk, and only then
     again = stream(tmp_path / "s", sleeper, text, sleep=SLEEP | {"trigger": ["idle"]})
     assert repeated(again) == repeated(summary)
 
@@ -232,8 +294,9 @@ def test_a_stream_sleeps_at_every_eviction_and_tells_of_it(tmp_path, dreamer, te
     summary = pass_over(tmp_path / "s", dreamer, text, rule, evict=evict)
     awake = pass_over(tmp_path / "awake", dreamer, text, "none")
     log = summary["sleep_log"]
-    # a segment is two windows long; the last one may end inside a chunk
-    assert len(log) in (summary["tokens"] // 128, summary["tokens"] // 128 + 1)
+    # a segment is two windows long; the last one ends inside a chunk
+    assert [line["tokens"] for line in log] == list(range(128, summary["tokens"] + 1, 128))
+    assert summary["tokens"] % 16
     assert all(line["trigger"] == "eviction" and line["rule"] == rule for line in log)
     taken = [line for line in log if line["accepted"]]
     assert taken and all(line["units"] == 2 for line in taken)
@@ -276,8 +339,11 @@ def test_a_session_at_rest_makes_its_passes_once(tmp_path, dreamer, text, rule, 
     assert main(["sleep", str(tmp_path / "s"), "sleep.budget=1e12", *words]) == 0
     out = capsys.readouterr().out
     assert out.startswith("1 sleep in") and "2 more passes" in out
-    assert main(["sleep", str(tmp_path / "s"), "sleep.budget=10", *words]) == 0
-    assert capsys.readouterr().out.startswith("slept nothing")
+    for more, why in (["sleep.budget=10"], "takes"), (["sleep.budget=1M", "sleep.passes=1"], "=1"):
+        assert main(["sleep", str(tmp_path / "s"), *words, *more]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("slept nothing") and why in out
+    assert json.loads((tmp_path / "s" / "session.json").read_text())["meters"]["sleeps"] == 1
 
 
 @rules

@@ -14,7 +14,7 @@ import pytest
 
 from wakesleep.streams import tune_trial
 from wakesleep.streams.cli import main
-from wakesleep.streams.config import load_config
+from wakesleep.streams.config import load_config, to_yaml
 from wakesleep.streams.console import Console
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.families import HELD_OUT_KINDS
@@ -46,7 +46,8 @@ def config(model_folder, shared_text) -> TuneConfig:
 def study(folder, config, workers=1):
     made = Study(folder, config, workers)
     made.begin()
-    return made.carry_out(Trials(Console(quiet=True), 1280), quiet=True)[0]
+    assert made.carry_out(Trials(Console(quiet=True), 1280), quiet=True) == 0
+    return made.report()[0]
 
 
 def same(report) -> list:
@@ -134,6 +135,27 @@ def test_what_another_process_is_at_is_left_to_it(tmp_path, config):
     assert len(tuning.results()) == 2 and told[1]["values"] == made.allowed[0]
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_while_others_are_at_the_last_settings_no_report_is_made(tmp_path, config, capsys, at):
+    config = replace(config, trials=2, seeds=(0,), search={"window": [64, 32]})
+    recipe, folder = tmp_path / "t.yaml", tmp_path / "s"
+    recipe.write_text(to_yaml(config))
+    made = Study(folder, config, 1)
+    made.begin()
+    tuning = Tuning(folder, config, made.allowed)
+    places = [tuning._place(tuning._values(tuning._ask().params)) for _ in range(at + 1)]
+    for place in places:
+        place.mkdir(parents=True)
+    words = ["tune", str(recipe), "--output", str(folder), "--quiet"]
+    with locked(places[-1]):
+        assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("others are still at 1 of 2 settings") and str(recipe) in out
+    assert not (folder / "table.md").exists()
+    assert main(words) == 0 and (folder / "table.md").exists()
+    assert "best.yaml" in capsys.readouterr().out
+
+
 def test_a_signal_stops_between_segments_and_nothing_is_lost(tmp_path, config, whole, monkeypatch):
     read, calls = tune_trial.Session.read, []
 
@@ -217,6 +239,13 @@ def test_what_cannot_be_measured_is_refused_before_a_folder_is_made(tmp_path, co
 def test_configs_that_cannot_be_are_refused(options, why):
     with pytest.raises(ValueError, match=why):
         TuneConfig(**options)
+
+
+def test_a_rule_can_be_compared_with_none():
+    words = ["search.sleep.rule=[none,replay]", "stream.sleep.trigger=idle"]
+    study, _ = load_config(TuneConfig, None, words)
+    rules = [study.stream_config(values, seed=0).sleep.rule for values in study.settings()]
+    assert rules == ["none", "replay"]
 
 
 @pytest.mark.parametrize("name", ["tune.yaml", "tune_sleep.yaml"])
