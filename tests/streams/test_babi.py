@@ -157,7 +157,7 @@ def test_as_many_rooms_have_two_neighbours_asked_by_direction_as_published():
 
 def test_rooms_are_told_in_two_orders_where_ways_are_new_and_asked_for_once():
     words, told = load_words("train"), set()
-    tokenizer = Tokenizer(tokenizer_json(TrainConfig()))
+    tokenizer = open_tokenizer(TrainConfig())
     for seed in range(20):
         for event in make_babi(random.Random(seed), "qa4", open_cast(random.Random(seed), words)):
             told.add(bool(re.fullmatch(TURNED, event.text)))
