@@ -14,7 +14,7 @@ from wakesleep.ttl.store import StoreConfig
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3}
 B, H = 2, 3
-FAR = 2**31  # elements
+FAR = 2**30  # elements; twice that is the first number beyond 31 bits
 SIZES = [  # C, causal_at, places of the store, K, R
     (1, 1, 0, 16, 4),  # nothing but itself and the sink
     (1, 6, 1, 16, 4),
@@ -117,30 +117,27 @@ def test_a_key_and_a_value_of_other_lanes_heads_and_later_tokens_change_nothing(
 
 @pytest.mark.parametrize("far", ["lane", "head", "row"])
 def test_offsets_may_exceed_31_bits(far, tmp_path):
-    """Strides of 2^31 elements, in a file without content; 32 bits would wrap to before it."""
-    inputs = list(make((2, 1, 1, 16, 4), torch.float16))
-    inputs[5] = torch.zeros(B, H, 2, 4, dtype=torch.float16)
-    inputs[5][:, :, :, 1] = 0.5
-    axis = ("lane", "head", "row").index(far)
-    inputs = [x[:, :2] if isinstance(x, torch.Tensor) and x.dim() == 4 else x for x in inputs]
-    inputs[2], inputs[3] = [v[:, :2] for v in inputs[2]], inputs[3][:2]
-    size = 4 * FAR
-    space = torch.from_file(str(tmp_path / "sparse"), True, size, dtype=torch.float16)
-    taken = 0
+    """Strides of 2^30 elements, in a file without content; 32 bits would wrap to before it."""
+    space = torch.from_file(str(tmp_path / "sparse"), True, 8 * FAR, dtype=torch.float16)
+    places, taken = {"lane": 0, "head": 1, "row": 2}, 0
 
     def apart(x):
         nonlocal taken
-        strides = [4096, 1024, 64, 1]
-        strides[axis] = FAR
-        y = space.as_strided(x.shape, strides, taken)
+        strides = [2048, 512, 32, 1]
+        strides[places[far]] = FAR
         taken += 8192
-        return y.copy_(x)
+        return space.as_strided(x.shape, strides, taken - 8192).copy_(x)
 
-    q, keys, values, sink, causal_at, bias = inputs
-    out = apart(torch.zeros(2, 2, 2, 16, dtype=torch.float16))
-    values = [apart(v) for v in values]
-    y = softmax_read_triton(apart(q), apart(keys), values, sink, causal_at, apart(bias), out=out)
-    assert_same(y.clone(), exact(q, keys, inputs[2], sink, causal_at, bias))
+    q, keys, values, sink, causal_at, bias = make((3, 1, 3, 16, 4), torch.float16, "head")
+    if far == "lane":  # three lanes rather than three heads
+        q, keys, bias, *values = (x.transpose(0, 1) for x in (q, keys, bias, *values))
+        sink = sink[:2]
+    bias = bias.expand(*q.shape[:3], -1)
+    out = apart(torch.zeros(*q.shape[:3], 16, dtype=torch.float16))
+    y = softmax_read_triton(
+        apart(q), apart(keys), [apart(v) for v in values], sink, causal_at, apart(bias), out=out
+    )
+    assert_same(y.clone(), exact(q, keys, values, sink, causal_at, bias))
 
 
 def test_misuse_is_refused():
