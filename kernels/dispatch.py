@@ -61,6 +61,22 @@ def softmax_read_form(q: Tensor, *others: Tensor, probabilities: bool) -> Form:
     return _choose("softmax_read", q.device, lacks, obstacle)
 
 
+def delta_rule_form(state: Tensor, *tokens: Tensor, gated: bool) -> Form:
+    """The form of the gated delta rule over the chunks of a call.
+
+    Args:
+        state: [X, K, K]; tokens: queries (if there are any), keys and values [N, X, C, K].
+        gated: which tokens are written depends on the state.
+    """
+    lacks = "which tokens are written depends on their surprise" if gated else _lacks_gradient()
+    obstacle = _dtype_obstacle(*tokens) or _width_obstacle(state.shape[-1], 64)
+    if state.dtype != torch.float32:
+        obstacle = f"the state is {state.dtype}, it must be float32"
+    elif tokens[0].shape[-2] > 64:
+        obstacle = f"chunks have {tokens[0].shape[-2]} tokens, 64 are supported"
+    return _choose("delta_rule", state.device, lacks, obstacle)
+
+
 def _choose(operation: str, device: torch.device, lacks: str | None, obstacle: str | None) -> Form:
     """Turn the reasons against a kernel into a choice.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wakesleep.kernels import dispatch
-from wakesleep.kernels.dispatch import softmax_read_form
+from wakesleep.kernels.dispatch import delta_rule_form, softmax_read_form
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -76,6 +76,23 @@ def test_what_a_kernel_does_not_compute_is_done_by_pytorch_and_said_once(monkeyp
             assert ask(probabilities=True) == "torch"
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "no backward pass" in said[0] and "probabilities" in said[1]
+
+
+def test_the_delta_rule_has_limits_of_its_own(monkeypatch, caplog):
+    def ask(gated=False, dtype=torch.float32, C=64, K=64):
+        state, k = torch.empty(2, K, K, dtype=dtype), torch.empty(1, 2, C, K)
+        with torch.no_grad():
+            return delta_rule_form(state, k, k, gated=gated)
+
+    monkeypatch.setenv("WAKESLEEP_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ask() == "triton" and ask(C=1, K=16) == "triton"
+    assert ask(gated=True) == "torch" and "surprise" in caplog.text
+    wrong = {"state is torch.float16": {"dtype": torch.float16}, "chunks have 65": {"C": 65},
+             "heads are 128 wide": {"K": 128}}  # fmt: skip
+    for reason, options in wrong.items():
+        with pytest.raises(ValueError, match=reason):
+            ask(**options)
 
 
 def test_autocast_and_mixed_dtypes_are_obstacles():
