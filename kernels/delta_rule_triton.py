@@ -103,9 +103,8 @@ def delta_solve_kernel(
         tl.store(seen + at * (TILE * TILE) + square, products * _mix(total, token))
     gate = tl.load(step + at * C + token, mask=written, other=0.0).to(tl.float32)
     A = _products(k, k, token, C, K, TILE) * _mix(total, token) * gate[:, None]
-    A = tl.where(token[:, None] > token[None, :], A, 0.0)
     T = tl.where(token[:, None] == token[None, :], 1.0, 0.0)
-    for level in range(0, LEVELS):  # blocks of 2^level
+    for level in range(0, LEVELS):  # blocks of 2^level; of A counts what is below them
         block = token >> level
         joins = (block[:, None] == block[None, :] + 1) & (block % 2 == 1)[:, None]
         joined = tl.dot(T, tl.where(joins, A, 0.0), input_precision=PRECISION)

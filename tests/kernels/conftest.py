@@ -27,9 +27,6 @@ POINTERS = {
     torch.bool: "*i1",
 }
 
-if sys.platform != "linux":  # Triton has no wheels for others
-    collect_ignore_glob = ["*_triton.py"]
-
 
 @pytest.fixture
 def interpret(tmp_path) -> Callable[[str], None]:

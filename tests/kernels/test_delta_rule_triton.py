@@ -5,8 +5,10 @@ import torch
 
 from wakesleep.kernels.delta_rule_triton import COLUMNS, launches
 
-STACK = {  # bytes per thread that are known and accepted
+STACK = {  # bytes per thread that are known and accepted, with triton 3.7 and 3.9
     ("delta_solve_kernel", 80): 224,
+    ("delta_solve_kernel", 90): 16,
+    ("delta_scan_kernel", 80): 16,
     ("delta_scan_kernel", 90): 32,
 }
 
