@@ -18,8 +18,6 @@ from torch import Tensor
 
 INTERPRETED = Path(__file__).parent / "interpreted"
 GUARD = 12345.0  # exact in every dtype that is used
-# What a block of threads can have on chip, less what the driver keeps.
-SHARED_BYTES = {80: 166_912, 90: 232_448}
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
