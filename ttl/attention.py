@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from wakesleep.kernels.convolution import short_convolution
+from wakesleep.kernels.dispatch import softmax_read_form
 from wakesleep.kernels.rotary import rotary_table
 from wakesleep.kernels.softmax_read import (
     scale_query,
@@ -283,7 +284,7 @@ class WindowAttention(nn.Module):
             blind = None if given.blind is None else given.blind[:, here]
             parts = (queries[n], *shown[n], frame.live[:, at], blind)
             seen = copy(reader) if again else reader  # as it is now, for the second time
-            y, p = read_chunk(*parts, seen, page, n, told)
+            y, p = read_chunk(*parts, seen, page, n, told, weight is not None)
             values.append(y)
             if weight is not None:
                 p = p.detach().float()
@@ -313,8 +314,12 @@ class WindowAttention(nn.Module):
         bias = self.page_bias[:, None, None]
         return torch.where(seen[:, None], bias, bias.new_full((), -torch.inf))
 
-    def _read_chunk(self, q, k, v, live, blind, reader, page: PageView | None, n: int, told=None):
-        """Read chunk n: q [B, H, C, R + K] against front, window (in pieces) and store."""
+    def _read_chunk(self, q, k, v, live, blind, reader, page, n: int, told, probabilities: bool):
+        """Read chunk n: q [B, H, C, R + K] against front, window (in pieces) and store.
+
+        Returns:
+            values [B, H, C, K] and the probabilities [B, H, C, L], which may be None if not asked.
+        """
         C = q.shape[2]
         keys, values = self._front_pairs(k[0], v[0], page, told)
         keys, values = [*keys, *k], [*values, *v]
@@ -339,19 +344,34 @@ class WindowAttention(nn.Module):
         size = seen.clamp(min=1).to(torch.promote_types(q.dtype, torch.float32)).log()
         scale = 1 + self.size_gain[:, None] * size.to(q.dtype)
         q = scale_query(q, (scale * self.head_dim**-0.5)[..., None], self.rotary_dims)
+        front = self._front(told)
+        bias = _bias(front, shown, reader if stored else None, paged, q)
+        of = (values, self.sink, front + live.shape[1] - C)
+        if softmax_read_form(q, *keys, *values, probabilities=probabilities) == "triton":
+            from wakesleep.kernels.softmax_read_triton import softmax_read_triton
+
+            keys = reader.keys(keys) if stored else torch.cat(keys, 2)
+            bias = bias if told is None else self._closed(bias, told, keys)
+            return softmax_read_triton(q, keys, *of, bias), None
         if stored:
             logits = reader.logits(q, keys)
         else:
             logits = torch.matmul(q, torch.cat(keys, 2).transpose(2, 3))
-        front = self._front(told)
-        bias = _bias(front, shown, reader if stored else None, paged, q)
-        of = (values, self.sink, front + live.shape[1] - C, bias)
-        if told is None:
-            return softmax_read(logits, *of)
+        if told is not None:
+            logits[..., self._rows(told)].masked_fill_(~told.open[:, :, None], -torch.inf)
+        return softmax_read(logits, *of, bias)
+
+    def _rows(self, told: Told) -> slice:
+        """Places of an MLP's pairs."""
         first = 1 + self.num_persistent
-        here = slice(first, first + told.k.shape[2])
-        logits[..., here].masked_fill_(~told.open[:, :, None], -torch.inf)
-        return softmax_read(logits, *of)
+        return slice(first, first + told.k.shape[2])
+
+    def _closed(self, bias: Tensor | None, told: Told, keys: Tensor) -> Tensor:
+        """The bias [B, H, 1 or C, L] that also hides those pairs of an MLP that are not open."""
+        B, H, L, _ = keys.shape
+        closed = keys.new_zeros(B, H, 1, L)
+        closed[..., self._rows(told)].masked_fill_(~told.open[:, :, None], -torch.inf)
+        return closed if bias is None else closed + bias
 
     def _front_pairs(self, k: Tensor, v: Tensor, page: PageView | None, told):
         """Keys [B, H, ., R + K] and values [B, H, ., K] of all that is in front of the window's."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from wakesleep.kernels.delta_rule import DeltaMemory
+from wakesleep.kernels.dispatch import delta_rule_form
 from wakesleep.kernels.memory_chunk import (
     MatrixMemory,
     MLPMemory,
@@ -74,6 +75,10 @@ def scan(
         mean: [B, 2], see `Scan`; it moves at closed chunks if the threshold needs it.
         recompute: keep the stacks between chunks, and do the rest again in the backward pass.
     """
+    if isinstance(memory, DeltaMemory):
+        tokens = [t for t in (chunks.q, chunks.k, chunks.v) if t is not None]
+        if delta_rule_form(stacks[0], *tokens, gated=threshold > 0) == "triton":
+            return _scan_delta(stacks, chunks, mean)
     N = chunks.k.shape[0]
     plans = [None] * N if threshold > 0 else _apart(_plan_all(memory, chunks))
     step = recomputed_of_tensors(_step) if recompute else _step
@@ -87,6 +92,16 @@ def scan(
     surprise = torch.stack([step.surprise.detach() for step in steps])
     written = torch.stack([step.written for step in steps])
     return Scan(y, stacks, surprise, written, mean)
+
+
+def _scan_delta(stacks: Stacks, chunks: Chunks, mean: Tensor) -> Scan:
+    """All chunks of a delta rule at once, every live token written."""
+    from wakesleep.kernels.delta_rule_triton import delta_rule_triton
+
+    c = chunks
+    of = (c.q, c.k, c.v, c.keep, c.step, c.live, c.closed)
+    y, end, surprise = delta_rule_triton(stacks[0], *of)
+    return Scan(y, (end,), surprise, c.live, mean)
 
 
 def _apart(parts: Part) -> list[Part]:

@@ -56,9 +56,12 @@ class BufferReader:
 
     def logits(self, q: Tensor, window: list[Tensor]) -> Tensor:
         """Products of q [B, H, C, R + K] with the `window` keys, then the store's: [B, H, C, .]."""
+        return torch.matmul(q, self.keys(window).transpose(2, 3))
+
+    def keys(self, window: list[Tensor]) -> Tensor:
+        """The `window` keys, then the store's: [B, H, head + L, R + K], overwritten by the next."""
         torch.cat(window, 2, out=self.buffer[:, :, : self.head])
-        keys = self.buffer[:, :, : self.head + self.used]
-        return torch.matmul(q, keys.transpose(2, 3))
+        return self.buffer[:, :, : self.head + self.used]
 
     @property
     def values(self) -> list[Tensor]:
