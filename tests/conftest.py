@@ -1,5 +1,6 @@
 """What holds for every test: fixed seeds, deterministic kernels, no network, nothing left out."""
 
+import os
 import socket
 import sys
 
@@ -41,9 +42,18 @@ def _no_network():
         yield
 
 
+def pytest_configure(config):
+    """Let the processes of a run share the cores: two torch threads beside another are slower."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # and what tests start
+
+
 def pytest_sessionfinish(session, exitstatus):
     """Fail a run that left a test out; a run that collected none fails by itself (exit 5)."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a process of several: the first one has all reports
+        return
     if exitstatus == pytest.ExitCode.OK and any(reporter.stats.get(key) for key in LEFT_OUT):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
