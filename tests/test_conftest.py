@@ -29,6 +29,14 @@ def test_a_run_that_left_a_test_out_fails(outcome, pytester):
         result.stdout.fnmatch_lines(["test_second.py*and so the run failed"])
 
 
+def test_a_run_of_two_processes_that_left_a_test_out_fails(pytester):
+    pytester.makeconftest(CONFTEST.read_text())
+    pytester.makepyfile(test_first="def test_a(): pass", test_second=OUTCOMES["skipped"][0])
+    result = pytester.runpytest_subprocess("--numprocesses=2")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["test_second.py*and so the run failed"])
+
+
 def test_a_run_that_found_no_test_fails(pytester):
     pytester.makeconftest(CONFTEST.read_text())
     assert pytester.runpytest_inprocess().ret == pytest.ExitCode.NO_TESTS_COLLECTED
