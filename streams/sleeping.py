@@ -106,7 +106,10 @@ class Sleeper:
     def sleep(
         self, trigger: str, stop: Callable[[], bool], grant: int | None = None
     ) -> dict[str, Any] | None:
-        """Sleep once, and tell what came of it; None if `stop` said so, then nothing happened.
+        """Sleep once, and tell what came of it; None if `stop` said so: then nothing happened.
+
+        What that cost is counted, but not paid from the budget, or sleep would come later than in a
+        stream that was not interrupted.
 
         Args:
             grant: FLOPs that may be spent, beside the budget; None: what the budget has.
@@ -121,6 +124,7 @@ class Sleeper:
         model = runner.language_model.model
         state, ledger, report = sleep(model, runner.state, config, before, generator, stop)
         if report.reason == INTERRUPTED:
+            meters.interrupted_flops += ledger.asleep.flops - before.asleep.flops
             return None
         if report.accepted:
             runner.carried = runner.carried._replace(stream=state)
