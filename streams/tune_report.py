@@ -126,7 +126,7 @@ def as_data(report: Report) -> dict[str, Any]:
 
 
 def settings_yaml(config: TuneConfig, result: Result) -> str:
-    """The keys of a setting, for `wakesleep stream DOC --config` and for `tune` itself."""
+    """The keys of a setting, for `--config` of `wakesleep stream` and `wakesleep sleep`."""
     given = flat(config.stream) | result["values"]
     lines = [f"{key}: {json.dumps(as_dict(value))}" for key, value in given.items()]
     return "".join(f"{line}\n" for line in lines)
