@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, origins = load_config(StreamConfig, arguments.config, overrides)
     given = {key: value for key, value in flat(config).items() if origins[key] != "default"}
     with Session.open(folder, **given) as session:
+        session.check_rest(grant)
         console.say(f"sleeping over {typed(folder)}; Ctrl-C keeps the sleeps that are finished")
         granted = session.runner.meters.ledger.granted
         try:

@@ -38,7 +38,10 @@ def check_sleep(config: SleepConfig, model: TTLModel) -> None:
     try:
         check_model(model, config)
     except ValueError as error:
-        remedy = "use a model with fast weights, or sleep.rule=none"
+        needs, instead = "with fast weights", "none"
+        if not config.replays:
+            needs, instead = "whose fast weights are written awake (fast.write=always)", "replay"
+        remedy = f"use a model {needs}, or sleep.rule={instead}"
         raise Refused(str(error), "", remedy) from error
 
 

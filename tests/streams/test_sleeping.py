@@ -350,6 +350,7 @@ def test_a_session_at_rest_makes_its_passes_once(tmp_path, dreamer, text, rule, 
 
 @rules
 def test_models_that_were_not_trained_for_it_are_refused(tmp_path, sleeper, text, rule):
-    with pytest.raises(Refused, match=r"needs fast_layers, fast.write=always"):
-        pass_over(tmp_path / "s", sleeper, text, rule)
+    with pytest.raises(Refused, match=r"needs fast_layers, fast.write=always") as refused:
+        pass_over(tmp_path / "s", sleeper, text, rule, untrained=True)
+    assert "use a model whose fast weights are written awake" in str(refused.value)
     assert not (tmp_path / "s").exists()
