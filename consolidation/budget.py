@@ -7,7 +7,8 @@ counts are integers, so that
     sleep + gate + wasted  <=  offline_ratio * wake + granted
 
 holds exactly, at every moment and after every interruption: a ledger is saved with the state that
-it belongs to, and what a killed process did in vain is not in either.
+it belongs to. What a sleep did that a signal or a kill cut short is not in either, or a stream that
+goes on would not do what one without a break does; a signal's is counted beside it, see `Meters`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Ledger(NamedTuple):
     wake: Cost = Cost()  # reading
     sleep: Cost = Cost()  # consolidation that was accepted
     gate: Cost = Cost()  # judging it
-    wasted: Cost = Cost()  # consolidation that was rejected or interrupted
+    wasted: Cost = Cost()  # consolidation that was rejected
     granted: int = 0  # FLOPs that were granted and spent at rest, beside the ratio
     lost: int = 0  # FLOPs that a full bucket could not take
 

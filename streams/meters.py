@@ -75,6 +75,7 @@ class Meters:
     ledger: Ledger = field(default_factory=Ledger)  # what reading and sleep cost
     triggers: TriggerState = field(default_factory=TriggerState)  # of the wish to sleep
     sleeps: int = 0
+    interrupted_flops: int = 0  # of sleeps that a signal cut short: spent, and decides nothing
     nonfinite_rows: int = 0
     pauses: Histogram = field(default_factory=Histogram)
     resumed_at: list[int] = field(default_factory=list)  # tokens of the session
@@ -100,7 +101,7 @@ class Meters:
             ValueError: something else, or a number that is negative or not finite.
         """
         try:
-            given = dict(values)
+            given = {"interrupted_flops": 0} | values  # sessions from before do not count them
             pauses = dict(given.pop("pauses"))
             counts = {_bucket(b): _number(n, int) for b, n in pauses.pop("counts").items()}
             meters = cls(
@@ -119,7 +120,8 @@ class Meters:
         return meters
 
 
-_NUMBERS = {"seconds": float, "line_seconds": float, "sleeps": int, "nonfinite_rows": int}
+_NUMBERS = {"seconds": float, "line_seconds": float}
+_NUMBERS |= dict.fromkeys(("sleeps", "interrupted_flops", "nonfinite_rows"), int)
 
 
 def _span(values: dict[str, Any]) -> Span:

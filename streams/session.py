@@ -203,12 +203,8 @@ class Session:
             Stopped: Ctrl-C or SIGTERM; the sleeps that were finished are saved, with a summary.
         """
         self._check_writable()
-        if self.manifest is None or not self.tokens:
-            raise Refused(f"there is nothing to sleep over in {self.folder}")
-        if grant < 0:
-            raise Refused(f"sleep.budget={grant}: expected FLOPs, at least 0")
+        self.check_rest(grant)
         config = self.rest_config
-        check_sleep(config, self.language_model.model)
         self._adopt_config(dataclasses.replace(self.config, sleep=self.manifest.config.sleep))
         try:
             with self._reading(watch, sleeps=True) as reading:
@@ -218,6 +214,18 @@ class Session:
             raise
         self._new_summary()
         return rows
+
+    def check_rest(self, grant: int) -> None:
+        """Refuse what `sleep` would refuse.
+
+        Raises:
+            Refused: why.
+        """
+        if self.manifest is None or not self.tokens:
+            raise Refused(f"there is nothing to sleep over in {self.folder}")
+        if grant < 0:
+            raise Refused(f"sleep.budget={grant}: expected FLOPs, at least 0")
+        check_sleep(self.rest_config, self.language_model.model)
 
     @property
     def rest_config(self) -> SleepConfig:

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from wakesleep.streams.session import Session
 
 SUMMARY = "sleep over a session at rest, on a budget of its own"
-FLAGS = ("--json", "--quiet", "--debug")
+FLAGS = ("--config", "--json", "--quiet", "--debug")
 BUDGET = "sleep.budget"
 
 
 def help_text() -> str:
     return """\
-wakesleep sleep DIR sleep.budget=FLOPS [--json] [key=value ...]
+wakesleep sleep DIR sleep.budget=FLOPS [--config YAML] [--json] [key=value ...]
 
   wakesleep sleep runs/book sleep.budget=1e12       a thousand GFLOPs of it
   wakesleep sleep runs/book sleep.budget=1e12 sleep.tolerance=0.8
@@ -35,6 +35,7 @@ gained. By recurrence (recurrent: the last tokens; cross: spans of the store)
 the blocks pass over text once more. The model must have fast weights.
 
   --json   {sleeps, sleep_flops, gate_flops, wasted_flops, seconds} on stdout
+  --config YAML      keys from a file, such as those that tune ends with
   --quiet, --debug   the last line only; tracebacks
 Keys: sleep.rule=replay sleep.passes=8 sleep.worth=0 sleep.tolerance=0.6
       sleep.tail_loss=0.01 sleep.span_tokens=256 sleep.evict=keep|hard threads=N"""
@@ -45,13 +46,17 @@ def run(arguments: argparse.Namespace) -> int:
     folder, grant, overrides = _sort(arguments.items)
     console = Console(json=arguments.json, quiet=arguments.quiet)
 
-    from wakesleep.streams.config import split_overrides
+    from wakesleep.streams.config import flat, load_config
     from wakesleep.streams.progress import Progress
     from wakesleep.streams.session import Session
     from wakesleep.streams.snapshot import read_manifest
+    from wakesleep.streams.stream_config import StreamConfig
 
     read_manifest(Path(folder))  # before a folder is opened that would be a new session
-    with Session.open(folder, **split_overrides(overrides)) as session:
+    config, origins = load_config(StreamConfig, arguments.config, overrides)
+    given = {key: value for key, value in flat(config).items() if origins[key] != "default"}
+    with Session.open(folder, **given) as session:
+        session.check_rest(grant)
         console.say(f"sleeping over {typed(folder)}; Ctrl-C keeps the sleeps that are finished")
         granted = session.runner.meters.ledger.granted
         try:
@@ -60,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         except Stopped:
             left = grant - session.runner.meters.ledger.granted + granted
             console.warn(f"stopped; the sleeps that were finished are saved in {typed(folder)}")
-            keys = shlex.join([f"{BUDGET}={left}", *overrides])
+            yaml = ["--config", arguments.config] if arguments.config else []
+            keys = shlex.join([f"{BUDGET}={left}", *yaml, *overrides])
             console.warn(f"go on with: wakesleep sleep {typed(folder)} {keys}")
             raise
         words = _words(folder, rows, grant) if rows else _no_sleep(session, grant)

@@ -38,7 +38,10 @@ def check_sleep(config: SleepConfig, model: TTLModel) -> None:
     try:
         check_model(model, config)
     except ValueError as error:
-        remedy = "use a model with fast weights, or sleep.rule=none"
+        needs, instead = "with fast weights", "none"
+        if not config.replays:
+            needs, instead = "whose fast weights are written awake (fast.write=always)", "replay"
+        remedy = f"use a model {needs}, or sleep.rule={instead}"
         raise Refused(str(error), "", remedy) from error
 
 
@@ -106,7 +109,10 @@ class Sleeper:
     def sleep(
         self, trigger: str, stop: Callable[[], bool], grant: int | None = None
     ) -> dict[str, Any] | None:
-        """Sleep once, and tell what came of it; None if `stop` said so, then nothing happened.
+        """Sleep once, and tell what came of it; None if `stop` said so: then nothing happened.
+
+        What that cost is counted, but not paid from the budget, or sleep would come later than in a
+        stream that was not interrupted.
 
         Args:
             grant: FLOPs that may be spent, beside the budget; None: what the budget has.
@@ -121,6 +127,7 @@ class Sleeper:
         model = runner.language_model.model
         state, ledger, report = sleep(model, runner.state, config, before, generator, stop)
         if report.reason == INTERRUPTED:
+            meters.interrupted_flops += ledger.asleep.flops - before.asleep.flops
             return None
         if report.accepted:
             runner.carried = runner.carried._replace(stream=state)

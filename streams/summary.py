@@ -41,6 +41,7 @@ def summarise(
         "gate_flops": meters.ledger.gate.flops,
         "wasted_flops": meters.ledger.wasted.flops,
         "granted_flops": meters.ledger.granted,
+        "interrupted_flops": meters.interrupted_flops,
         "sleeps": meters.sleeps,
         "sleep_log": sleep_log or [],
         "offline_ratio": 0 if sleep.rule == "none" else sleep.offline_ratio,

@@ -94,17 +94,24 @@ def worth_of(config: TuneConfig, results: Sequence[Result]) -> list[Worth]:
 
 
 def _saturation(config: TuneConfig, results: Sequence[Result]) -> int | None:
-    """The least number of passes whose mean goal is within an error of the highest mean."""
-    groups: dict[int, list[float]] = {}
+    """The least number of passes that does as well as the best within an error over the seeds."""
+    groups: dict[int, list[list[float]]] = {}
+    by_seed = "bits_by_seed" if config.goal == "bits_per_byte" else "recall_by_seed"
     for result in results:
         if result["values"].get(PASSES) is not None:
-            groups.setdefault(result["values"][PASSES], []).append(goal_of(config, result))
+            goals = [_signed(config, goal) for goal in result[by_seed]]
+            groups.setdefault(result["values"][PASSES], []).append(goals)
     if len(groups) < 2:
         return None
-    means = {passes: float(np.mean(goals)) for passes, goals in groups.items()}
-    best = max(means, key=lambda passes: means[passes])
-    error = float(np.std(groups[best])) / math.sqrt(len(groups[best]))
-    return min(passes for passes, mean in means.items() if mean >= means[best] - error)
+    means = {passes: np.mean(goals, axis=0) for passes, goals in groups.items()}  # of each seed
+    best = max(means.values(), key=np.mean)
+    return min(passes for passes, mean in means.items() if _as_good(best - mean))
+
+
+def _as_good(lost: np.ndarray) -> bool:
+    """Whether what is lost in each seed is within its standard error; of one seed nothing is."""
+    error = np.std(lost, ddof=1) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
+    return bool(np.mean(lost) <= error)
 
 
 def write_report(folder: Path, config: TuneConfig, report: Report) -> list[Path]:
@@ -126,7 +133,7 @@ def as_data(report: Report) -> dict[str, Any]:
 
 
 def settings_yaml(config: TuneConfig, result: Result) -> str:
-    """The keys of a setting, for `wakesleep stream DOC --config` and for `tune` itself."""
+    """The keys of a setting, for `--config` of `wakesleep stream` and `wakesleep sleep`."""
     given = flat(config.stream) | result["values"]
     lines = [f"{key}: {json.dumps(as_dict(value))}" for key, value in given.items()]
     return "".join(f"{line}\n" for line in lines)

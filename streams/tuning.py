@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -183,16 +184,14 @@ def check_record(folder: Path, config: TuneConfig, model_sha256: str) -> None:
     now = {"model_sha256": model_sha256, "config": as_dict(config)}
     path = folder / RECORD
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or _holds_others(folder)):
             raise Refused(f"{folder} holds something else", "", "choose another --output")
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(now, indent=1).encode() + b"\n")
-        return
-    with open_regular(path, MAX_BYTES) as file:
-        before = parse_json(file.read(), RECORD)
+        _write_first(path, json.dumps(now, indent=1).encode() + b"\n")
+    before = _read_record(path)
     if before.get("model_sha256") != model_sha256:
         raise Refused(f"{folder} is a study of another model", "", "choose another --output")
-    old, new = flat(before.get("config", {})), flat(now["config"])
+    old, new = flat(before["config"]), flat(now["config"])
     for key in sorted(old.keys() | new.keys()):
         if key != "trials" and old.get(key) != new.get(key):
             raise Refused(
@@ -200,3 +199,30 @@ def check_record(folder: Path, config: TuneConfig, model_sha256: str) -> None:
                 "",
                 "choose another --output, or the settings as they were",
             )
+
+
+def _holds_others(folder: Path) -> bool:
+    """Whether there is anything but a record, or one that another process is just writing."""
+    others = [path for path in folder.iterdir() if RECORD not in path.name]
+    return bool(others) and not (folder / RECORD).exists()
+
+
+def _write_first(path: Path, data: bytes) -> None:
+    """Write a whole file, unless another process has been first."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    write_atomically(scratch, data)
+    with contextlib.suppress(FileExistsError):
+        os.link(scratch, path)
+    scratch.unlink()
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        with open_regular(path, MAX_BYTES) as file:
+            record = parse_json(file.read(), RECORD)
+        if type(record) is not dict or type(record.get("config")) is not dict:
+            raise ValueError(f"{RECORD} has no config")
+    except ValueError as error:
+        what = str(error).splitlines()[0]
+        raise Refused(f"{path} is no record of a study", what, "choose another --output") from error
+    return record

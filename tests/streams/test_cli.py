@@ -23,7 +23,7 @@ HEAVY = "torch lightning numpy omegaconf rich matplotlib safetensors tokenizers"
 FLAGS = {  # a new flag is a promise: add it here with the one who needs it
     "stream": "--session --config --again --json --quiet --debug --print-config --dry-run",
     "ask": "--json --quiet --debug",
-    "sleep": "--json --quiet --debug",
+    "sleep": "--config --json --quiet --debug",
     "train": "--output --resume --json --quiet --debug --print-config --dry-run",
     "tune": "--output --workers --json --quiet --debug --print-config --dry-run",
     "bench": "--output --quick --again --json --quiet --debug --print-config",

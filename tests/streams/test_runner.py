@@ -185,6 +185,9 @@ def test_totals_are_exact_after_json():
     meters.pauses.add(3.0)
     again = Meters.from_json(json.loads(json.dumps(meters.to_json())))
     assert again == meters
+    older = meters.to_json()
+    del older["interrupted_flops"]  # was not counted once
+    assert Meters.from_json(older) == meters
 
 
 @pytest.mark.parametrize(
@@ -201,6 +204,7 @@ def test_totals_are_exact_after_json():
         (("triggers",), [0, True, 0.0, 0.0, 0.0, -1]),
         (("triggers",), [0, False, 0.0]),
         (("sleeps",), True),
+        (("interrupted_flops",), -1),
         (("total", "nats"), float("nan")),
         (("pauses", "counts"), {"9999": 1}),
         (("pauses", "counts"), {"-1": 1}),

@@ -36,8 +36,9 @@ def tensors(folder) -> dict[str, bytes]:
 
 
 def repeated(values: dict) -> dict:
-    """What is the same in every run."""
-    kept = {k: v for k, v in values.items() if k not in TIMES and k != "resumed_at"}
+    """What is the same in every run, however often it was interrupted."""
+    breaks = {"resumed_at", "interrupted_flops"}
+    kept = {k: v for k, v in values.items() if k not in TIMES | breaks}
     if "sleep_log" in kept:
         kept["sleep_log"] = [repeated(line) for line in kept["sleep_log"]]
     return kept
@@ -149,6 +150,7 @@ def test_ctrl_c_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
         interrupted(tmp_path / "s", monkeypatch, 1, sleeper, text)
     summary = stream(tmp_path / "s", sleeper, text)
     assert slept < summary["sleeps"] and summary["resumed_at"]
+    assert summary["interrupted_flops"] > 0 == rested[1]["interrupted_flops"]
     assert tensors(tmp_path / "s") == tensors(rested[0])
     assert repeated(summary) == repeated(rested[1])
     assert metrics(tmp_path / "s") == metrics(rested[0])
@@ -182,7 +184,7 @@ def test_kill_9_in_the_middle_of_a_sleep_changes_nothing_in_the_end(
     assert run.returncode == -signal.SIGKILL
     summary = stream(tmp_path / "s", sleeper, text)
     assert tensors(tmp_path / "s") == tensors(rested[0])
-    assert repeated(summary) == repeated(rested[1])
+    assert repeated(summary) == repeated(rested[1]) and summary["interrupted_flops"] == 0
 
 
 def test_a_second_document_sleeps_at_boundaries_and_goes_on_after_ctrl_c(
@@ -348,6 +350,7 @@ def test_a_session_at_rest_makes_its_passes_once(tmp_path, dreamer, text, rule, 
 
 @rules
 def test_models_that_were_not_trained_for_it_are_refused(tmp_path, sleeper, text, rule):
-    with pytest.raises(Refused, match=r"needs fast_layers, fast.write=always"):
-        pass_over(tmp_path / "s", sleeper, text, rule)
+    with pytest.raises(Refused, match=r"needs fast_layers, fast.write=always") as refused:
+        pass_over(tmp_path / "s", sleeper, text, rule, untrained=True)
+    assert "use a model whose fast weights are written awake" in str(refused.value)
     assert not (tmp_path / "s").exists()

@@ -88,6 +88,19 @@ def test_passes_saturate_where_more_cannot_be_told_apart():
     assert make_report(config, rows[:2]).saturation is None
 
 
+def test_settings_that_differ_are_no_error_of_the_passes():
+    """Stores differ by far more than passes; seeds agree, then they do not."""
+    search = {"window": [256], "store.capacity": [1000, 500], "sleep.passes": [1, 2]}
+    rows = [
+        result(capacity=capacity, right=right, **{"sleep.passes": passes})
+        for capacity, passes, right in ((1000, 1, 80), (500, 1, 20), (1000, 2, 84), (500, 2, 24))
+    ]
+    assert make_report(TuneConfig(search=search), rows).saturation == 2
+    for row in rows[2:]:
+        row["recall_by_seed"] = [row["recall_by_seed"][0] + 0.1, row["recall_by_seed"][0] - 0.1]
+    assert make_report(TuneConfig(search=search), rows).saturation == 1
+
+
 def test_files_are_what_other_commands_take(tmp_path):
     search = {"window": [256, 128], "sleep.trigger": [["every"], ["idle", "pressure"]]}
     rows = [

@@ -14,7 +14,7 @@ import pytest
 
 from wakesleep.streams import tune_trial
 from wakesleep.streams.cli import main
-from wakesleep.streams.config import load_config, to_yaml
+from wakesleep.streams.config import as_dict, load_config, to_yaml
 from wakesleep.streams.console import Console
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.families import HELD_OUT_KINDS
@@ -24,7 +24,7 @@ from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.tune_config import TuneConfig
 from wakesleep.streams.tune_progress import Trials
 from wakesleep.streams.tune_study import Study
-from wakesleep.streams.tuning import Tuning
+from wakesleep.streams.tuning import Tuning, check_record
 
 SEARCH = {"window": [64, 32], "store.capacity": [32, 8]}
 
@@ -197,6 +197,29 @@ def test_a_folder_is_one_study(tmp_path, config, change, why):
     with pytest.raises(Refused, match=why):
         Study(tmp_path / "s", replace(config, **change), 1)
     assert (tmp_path / "s" / "tune.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{", '{"config": 3}', "\0"])
+def test_a_record_that_is_none_is_refused(tmp_path, config, text):
+    (tmp_path / "tune.json").write_text(text)
+    with pytest.raises(Refused, match="is no record of a study"):
+        check_record(tmp_path, config, "0")
+    assert (tmp_path / "tune.json").read_text() == text
+
+
+def test_of_two_tuners_that_begin_at_once_the_second_finds_the_firsts_study(
+    tmp_path, config, monkeypatch
+):
+    link = os.link
+
+    def beaten(scratch, path):
+        path.write_text(json.dumps({"model_sha256": "0", "config": as_dict(config)}))
+        link(scratch, path)
+
+    monkeypatch.setattr(os, "link", beaten)
+    with pytest.raises(Refused, match="tokens=1280, now it is 99"):
+        check_record(tmp_path / "s", replace(config, tokens=99), "0")
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["tune.json"]
 
 
 def test_a_study_of_another_model_is_refused(tmp_path, config, sleeper):
