@@ -74,17 +74,25 @@ class _MLPChunk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *d_after: Tensor | None) -> tuple:
-        memory, stacks, q, k, v, plan = _named(ctx.numbers, ctx.saved_tensors)
-        weights = memory.weights(stacks)
-        again = _again(memory, weights, k, v, plan)
-        grads = _Grads()
-        if dy is not None:
-            _read_back(grads, memory, stacks, q, k, plan, again, dy)
-        for layer, d in enumerate(d_after[:2]):
-            if d is not None:
-                _write_back(grads, layer, stacks[layer], plan, again, d)
-        _steps_back(grads, memory, weights, k, v, plan, again)
-        return None, *grads.in_order()
+        parts = _named(ctx.numbers, ctx.saved_tensors)
+        with torch.autocast(parts[2].device.type, enabled=False):  # as the forward pass was
+            return None, *_backward(*parts, dy, d_after[:2])
+
+
+def _backward(
+    memory: MLPMemory, stacks: Stacks, q: Tensor, k: Tensor, v: Tensor, plan: Plan,
+    dy: Tensor | None, d_after: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:  # fmt: skip
+    weights = memory.weights(stacks)
+    again = _again(memory, weights, k, v, plan)
+    grads = _Grads()
+    if dy is not None:
+        _read_back(grads, memory, stacks, q, k, plan, again, dy)
+    for layer, d in enumerate(d_after):
+        if d is not None:
+            _write_back(grads, layer, stacks[layer], plan, again, d)
+    _steps_back(grads, memory, weights, k, v, plan, again)
+    return grads.in_order()
 
 
 def _named(numbers: tuple, tensors: tuple[Tensor, ...]):

@@ -106,3 +106,24 @@ def test_neither_what_is_kept_nor_the_gradient_given_is_overwritten():
     )
     assert all(bool((g == 1).all()) for g in given)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_backward_pass_under_autocast_is_the_same():
+    inputs = make(True, 2.5)
+    single = [t.detach().float().requires_grad_() for t in (*inputs[1], *inputs[2])]
+    memory = inputs[0]._replace(
+        base=tuple(w.float() for w in inputs[0].base),
+        gamma=inputs[0].gamma.float(),
+        bias=inputs[0].bias.float(),
+    )
+    gates = [g if g is None or g.dtype == torch.bool else g.float() for g in inputs[3]]
+
+    def run(enabled):
+        y, after, _ = mlp_chunk(
+            memory, tuple(single[:2]), *single[2:], memory.plan(single[3], *gates)
+        )
+        loss = y.sum() + sum(a.square().sum() for a in after)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return torch.autograd.grad(loss, single)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
