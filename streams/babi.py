@@ -13,6 +13,7 @@ Source: Weston et al., "Towards AI-Complete Question Answering", arXiv 1502.0569
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -43,6 +44,7 @@ MIDDLE = 2 / 3  # of the sentences of qa4 that end in the room that both name
 TURNED = 0.5  # of those about other ways than the four: way and room first, as they are asked for
 INVERSE = 0.5  # of its stories that are asked in both forms: were they all, only form and way
 # together would tell anything about an answer, and nothing is learned from such a parity
+MOST = {"qa4": 1}  # questions about a story of this task: of two rooms, one rules out the other
 BLOCK = 2  # events between two moments at which a question may come
 ASKED = {"qa1": 1.0, "qa2": 0.6, "qa3": 0.5, "qa5": 0.75}  # share of these, once there is one
 QUESTIONS = 5  # of a published story; the last one that is asked ends the story
@@ -96,8 +98,8 @@ def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float
         before, task, events = len(page.pieces), *_draw_story(draw, tasks, words, open_share)
         sources = [page.say(page.used, event.text, event.named) for event in events]
         known = events[-1].known
-        most = 1 if task == "qa4" else draw.randint(1, 3)  # of two rooms, one rules out the other
-        for question in draw.sample(sorted(known), min(len(known), most)):
+        count = min(draw.randint(1, 3), MOST.get(task, 3), len(known))
+        for question in draw.sample(sorted(known), count):
             answer, told = known[question]
             page.ask(page.used, question, answer, sources[told], task)
         if page.used > page.length:
@@ -111,7 +113,7 @@ def spread_babi(page: Page, tasks: Sequence[str], words: Words, open_share: floa
     limit = int(SPREAD * page.length)
     while sum(len(page.tokenizer.encode(event.text)) for event in events) > limit:
         task, events = _draw_story(page.draw, tasks, words, open_share)
-    spread_story(page, events, task)
+    spread_story(page, events, task, most=MOST.get(task, math.inf))
 
 
 def _draw_story(

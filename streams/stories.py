@@ -5,6 +5,7 @@ The tasks are from arXiv 1502.05698; names, places and sentences here are drawn 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -32,11 +33,18 @@ def write_story(page: Page, words: Words) -> None:
     spread_story(page, events, STORY, words.first_names)
 
 
-def spread_story(page: Page, events: list[Event], kind: str, strangers: Sequence[str] = ()) -> None:
+def spread_story(
+    page: Page,
+    events: list[Event],
+    kind: str,
+    strangers: Sequence[str] = (),
+    most: float = math.inf,
+) -> None:
     """Lay events into the early part of a page, with questions between and behind.
 
     Args:
         strangers: people who may be asked for although nothing was said of them.
+        most: questions.
     """
     draw = page.draw
     times = sorted(draw.uniform(0, horizon(page)) for _ in events)
@@ -58,7 +66,7 @@ def spread_story(page: Page, events: list[Event], kind: str, strangers: Sequence
         unheard = f"Where is {draw.choice(strangers)}?" if strangers else None
         if unheard and unheard not in heard and draw.random() < page.config.unknown_odds:
             page.ask(draw.uniform(0, page.length), unheard, None, None, kind)
-        if page.used > FILL * page.length:
+        if page.used > FILL * page.length or len(asked) >= most:
             break
 
 

@@ -166,4 +166,7 @@ def test_rooms_are_told_in_two_orders_where_ways_are_new_and_asked_for_once():
         write_babi(page, ["qa4"], words, 0.5)
         said = [piece.kind is None for piece in page.pieces]
         assert said == [True, True, False] * (len(said) // 3)  # one answer rules out the other
+        page = Page(tokenizer, random.Random(seed), 512, RecallConfig())
+        spread_babi(page, ["qa4"], words, 0.5)
+        assert [piece.kind is None for piece in page.pieces] == [True, True, False]
     assert told == {False, True}
