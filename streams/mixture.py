@@ -19,6 +19,7 @@ from wakesleep.streams.babi import spread_babi, write_babi
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.facts import FactMaker
 from wakesleep.streams.id_files import fingerprint, ids_sha256, map_ids
+from wakesleep.streams.reversed_facts import write_reversed
 from wakesleep.streams.sequences import (
     ANSWER_KINDS,
     BABI,
@@ -34,7 +35,10 @@ from wakesleep.streams.tokenizer import Tokenizer
 from wakesleep.ttl.config_json import parse_json
 
 EXCERPT = 128  # tokens around a hard place
-SORTS = ("pairs", "dense", "recall", "changes", "stories", "babi", "babi_in_text", "language")
+SORTS = (
+    *("pairs", "dense", "reversed", "recall", "changes", "stories"),
+    *("babi", "babi_in_text", "language"),
+)
 STAGED = ("facts_min", "facts_max", "far")  # keys of RecallConfig
 
 
@@ -56,6 +60,7 @@ class MixtureConfig:
         0.05,
     )  # random tokens to be copied, close together, no text between
     dense: tuple[float, ...] = (0.1,)  # many facts close together, no text between
+    reversed: tuple[float, ...] = (0.0,)  # the same, with the value before what it is asked by
     recall: tuple[float, ...] = (0.45,)  # facts in text
     changes: tuple[float, ...] = (0.15,)  # facts in text, half of which change; the latest counts
     stories: tuple[float, ...] = (0.15,)  # who went where, in text
@@ -181,6 +186,8 @@ class Mixture:
                 write_pairs(page)
             case "dense":
                 write_dense(page, maker)
+            case "reversed":
+                write_reversed(page, maker.words)
             case "recall":
                 write_recall(page, maker, changed_share=0.0)
             case "changes":

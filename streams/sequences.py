@@ -29,9 +29,9 @@ FILL = 0.75  # of a sequence that statements and questions take at most, unless 
 EPISODE = (2, 16)  # facts of one episode of a dense sequence
 DENSE_CHANGES = 0.2  # share of the facts of a dense sequence that change
 NAME_TOKENS, VALUE_TOKENS = (1, 3), (1, 5)  # of a pair of random tokens
-PAIR, STORY, UNKNOWN = "pair", "story", "unknown"
+PAIR, STORY, UNKNOWN, REVERSED = "pair", "story", "unknown", "reversed"
 BABI = ("qa1", "qa2", "qa3", "qa4", "qa5")
-ANSWER_KINDS = (*TRAINED_KINDS, LOOSE, PAIR, STORY, UNKNOWN, *BABI)
+ANSWER_KINDS = (*TRAINED_KINDS, LOOSE, PAIR, STORY, UNKNOWN, *BABI, REVERSED)
 
 
 class Answer(NamedTuple):

@@ -20,7 +20,7 @@ def try_mixture(source: Source, config: TrainConfig) -> None:
             source.batch(number)
     except ValueError as error:
         what = f"train.sequence_len={config.train.sequence_len} is too short for data.kind=mixture"
-        raise Refused(what, "", "Take longer sequences.") from error
+        raise Refused(what, str(error), "Take longer sequences.") from error
 
 
 def start_from(model: TTLModel, config: TrainConfig) -> None:
