@@ -36,7 +36,7 @@ from wakesleep.kernels.softmax_read import (
     widen_window_key,
 )
 from wakesleep.ttl.fast import FastConfig, FastWeights, Told
-from wakesleep.ttl.grid import Grid, carry, gather, scatter
+from wakesleep.ttl.grid import Grid, behind, carry, gather, scatter
 from wakesleep.ttl.recompute import recomputed
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, FastState, StoreState, WindowState
 from wakesleep.ttl.store import ExactStore, StoreConfig, candidates, z_scores
@@ -169,27 +169,27 @@ class WindowAttention(nn.Module):
         opened = WindowState(*(t[:, W:] for t in window[:4]), tail)
         live = scatter(grid, given.live, opened.live)
         score, store = self._score(x, grid, given, live, opened, store, surprise)
-        slots = (scatter(grid, k, opened.k), scatter(grid, v, opened.v), live, score)
         frame = WindowState(
-            *(torch.cat([a[:, :W], b], 1) for a, b in zip(window[:4], slots, strict=True)), tail
+            behind(grid, k, window.k),
+            behind(grid, v, window.v),
+            torch.cat([window.live[:, :W], live], 1),
+            torch.cat([window.score[:, :W], score], 1),
+            tail,
         )
         weight = self._read_weight(x, given.read_weight)
-        if weight is not None:
-            weight = scatter(grid, weight, weight.new_zeros(weight.shape[0], C))
-        blind = given.blind
-        if blind is not None:
-            blind = scatter(grid, blind, torch.zeros_like(blind[:, :1]).expand(-1, C))
-        given = given._replace(blind=blind)
         asleep = told = None
         if self.fast is not None:
-            pairs = (slots[0], slots[1], live)
+            pairs = (frame.k[:, W:], frame.v[:, W:], live)
             power = 1.0 if given.keep_power is None else given.keep_power
             asleep, fast = self.fast(x, q, *pairs, fast, grid, power, given.recompute)
             told = self._told(fast, store, given.rank_table, W)
-        q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
-        values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page, told)
+        asking = (q, weight, given.blind)
+        if not grid.alone:
+            asking = (None if t is None else scatter(grid, t, _open_slots(t, C)) for t in asking)
+        y, frame, store = self._read_chunks(*asking, frame, store, grid, given, page, told)
+        if not grid.alone:
+            y = gather(grid, y, x.shape[1])
         state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)
-        y = gather(grid, values, x.shape[1])
         y = self.out(y if asleep is None else y + asleep.flatten(2))
         return y, state, store, fast
 
@@ -255,36 +255,46 @@ class WindowAttention(nn.Module):
         turn = rotary_table(int(behind.max()) + 1, self.rotary_dims, ROTARY_BASE, self.q_gain)
         return told._replace(k=widen_stored_key(told.k, turn[behind, None, None]))
 
-    def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight, page, told):
+    def _read_chunks(
+        self, q, weight, blind, frame: WindowState, store, grid: Grid, given, page, told
+    ):
         """The chunk loop: read with the store frozen, then let the oldest chunk leave the window.
 
-        q: [B, G, H, K]; frame: W + G slots; weight, given.blind: [B, G] or None.
-        Returns values [B, G, H * K], the frame with its read mass, and the store.
+        The queries are those of all slots; in a call within one chunk those of its tokens, which
+        look no further than the last of them.
+
+        q: [B, G or T, H, K]; weight, blind: [B, G or T] or None; frame: W + G slots.
+        Returns values [B, G or T, H * K], the frame with its read mass, and the store.
         """
         C, N = grid.chunk, grid.num_chunks
         W = frame.live.shape[1] - N * C
-        q, k, v = (t.transpose(1, 2) for t in (q, frame.k, frame.v))  # [B, H, slots, K]
+        first, end, num_queries = (
+            (grid.start, grid.stop, q.shape[1]) if grid.alone else (0, N * C, C)
+        )
+        length = W + min(end, C)  # slots that the queries of a chunk look at
+        q = q.transpose(1, 2)  # [B, H, slots, K]
+        k, v = (t[:, : W + end].transpose(1, 2) for t in (frame.k, frame.v))
         turns = self._turns(W + C, N, store, given.rank_table)
-        q = widen_query(q, turns[W : W + N * C])
-        k = widen_window_key(k, turns[: W + N * C])
+        q = widen_query(q, turns[W + first : W + end])
+        k = widen_window_key(k, turns[: W + end])
         fast = not torch.is_grad_enabled()
         reader = None
         if store is not None:
             of = (self.store.config.quota, store, turns[W + C :], given.rank_table)
-            head = self._front(told) + W + C
+            head = self._front(told) + length
             reader = BufferReader(*of, head) if fast else PieceReader(*of)
         again = given.recompute and not fast
         read_chunk = recomputed(self._read_chunk) if again else self._read_chunk
-        shown = _overlapping(k, v, W + C, C, cut=not fast)
+        shown = _overlapping(k, v, length, C, cut=not fast and not grid.alone)
         leaving = [t.split(C, 1) for t in (frame.k, frame.v)]
-        values, score, queries = [], frame.score, q.split(C, 2)
+        values, score, queries = [], frame.score, q.split(num_queries, 2)
         for n in range(N):
-            at = slice(n * C, n * C + W + C)  # what the window shows during chunk n
-            here = slice(n * C, (n + 1) * C)
-            blind = None if given.blind is None else given.blind[:, here]
-            parts = (queries[n], *shown[n], frame.live[:, at], blind)
+            at = slice(n * C, n * C + length)  # what the window shows during chunk n
+            here = slice(n * C, n * C + num_queries)
+            alone = None if blind is None else blind[:, here]
+            parts = (queries[n], *shown[n], frame.live[:, at], alone)
             seen = copy(reader) if again else reader  # as it is now, for the second time
-            y, p = read_chunk(*parts, seen, page, n, told, weight is not None)
+            y, p = read_chunk(*parts, seen, page, n * C + first, told, weight is not None)
             values.append(y)
             if weight is not None:
                 p = p.detach().float()
@@ -306,16 +316,18 @@ class WindowAttention(nn.Module):
             longest = max(longest, near + ranks)
         return rotary_table(longest, self.rotary_dims, ROTARY_BASE, self.q_gain)
 
-    def _page_bias(self, page: PageView, n: int) -> Tensor:
-        """Bias [B, H, C, P] of the page's keys for the queries of chunk n: none from later ones."""
+    def _page_bias(self, page: PageView, first: int, num_queries: int) -> Tensor:
+        """Bias [B, H, C, P] of the page's keys for queries from slot `first` on: no later ones."""
         slots = torch.arange(self.page, device=page.phase.device)
-        own = page.phase[:, None] + n * self.chunk + slots[: self.chunk]  # [B, C]
+        own = page.phase[:, None] + first + slots[:num_queries]  # [B, C]
         seen = page.live[:, None] & (slots <= own[..., None])
         bias = self.page_bias[:, None, None]
         return torch.where(seen[:, None], bias, bias.new_full((), -torch.inf))
 
-    def _read_chunk(self, q, k, v, live, blind, reader, page, n: int, told, probabilities: bool):
-        """Read chunk n: q [B, H, C, R + K] against front, window (in pieces) and store.
+    def _read_chunk(self, q, k, v, live, blind, reader, page, first, told, probabilities: bool):
+        """Read one chunk: q [B, H, C, R + K] against front, window (in pieces) and store.
+
+        first: slot of the first query.
 
         Returns:
             values [B, H, C, K] and the probabilities [B, H, C, L], which may be None if not asked.
@@ -326,13 +338,13 @@ class WindowAttention(nn.Module):
         seen, shown = live.cumsum(1)[:, -C:], live[:, None]  # [B, C] keys up to each query
         if blind is not None:
             own = torch.eye(C, dtype=torch.bool, device=q.device)
-            own = nn.functional.pad(own, (live.shape[1] - C, 0))  # [C, W + C]
+            own = nn.functional.pad(own, (live.shape[1] - C, 0))  # [C, slots]
             shown = shown & (own | ~blind[..., None])
             seen = torch.where(blind, live[:, -C:], seen)
         seen = self.num_persistent + seen
         paged = None
         if page is not None:
-            paged = self._page_bias(page, n)
+            paged = self._page_bias(page, first, C)
             seen = seen + paged[:, 0].isfinite().sum(-1)
         seen, values = seen[:, None], [torch.cat(values, 2)]
         if told is not None:
@@ -420,6 +432,11 @@ class WindowAttention(nn.Module):
         known = nn.functional.pad(known, (0, C + SPAN - 1), value=-1)[:, : C + SPAN - 1]
         enters = live[:, at] & (position >= 0) & (grid.closed > n)[:, None]
         return candidates(*gone, enters, position, known)
+
+
+def _open_slots(x: Tensor, chunk: int) -> Tensor:
+    """Zeros in place of what the open chunk had: [B, C, ...] for x [B, T, ...]."""
+    return x.new_zeros(x.shape[0], chunk, *x.shape[2:])
 
 
 def _overlapping(k: Tensor, v: Tensor, length: int, C: int, cut: bool) -> list:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wakesleep.ttl.attention import AttentionInput, WindowAttention
 from wakesleep.ttl.block import Block
 from wakesleep.ttl.fast import FastConfig, no_fast_weights
-from wakesleep.ttl.grid import carry, make_grid, scatter
+from wakesleep.ttl.grid import behind, carry, make_grid
 from wakesleep.ttl.memory import MemoryConfig, NeuralMemory
 from wakesleep.ttl.state import (
     SPAN,
@@ -235,7 +235,7 @@ class TTLModel(nn.Module):
         tokens = torch.where(inside, tokens, 0)
         grid = make_grid(state.position, lengths, self.config.chunk, T)
         before = SPAN + self.window_of(state)
-        ids = torch.cat([state.ids[:, :before], scatter(grid, tokens, state.ids[:, before:])], 1)
+        ids = behind(grid, tokens, state.ids)
         told = (read_weight, rank_table, read_floor, blind, recompute)
         given = AttentionInput(inside, ids, state.lane, *told)
         x = self.embedding(tokens) * self.config.dim**0.5
