@@ -13,6 +13,7 @@ read (for `PieceReader`: pairs that were in the store at any time of the call).
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,11 @@ class BufferReader:
         Args:
             turns: [at least S, 2, R // 2] rotation of each distance, rank 0 first.
             rank_table: [B, S] int64 distance of each rank, None = the rank itself.
-            head: number of keys in front of the store's.
+            head: number of keys in front of the store's; 0 = they stay in tensors of their own,
+                which is less work for few queries.
         """
         self.quota, self.state, self.turns, self.rank_table = quota, state, turns, rank_table
-        self.owned = False
+        self.owned = self.lent = False  # the state's pairs; the keys
         B, H, S, K = state.k.shape
         self.head, R = head, 2 * turns.shape[-1]
         self.buffer = state.k.new_zeros(B, H, head + S, K + R)
@@ -54,12 +56,23 @@ class BufferReader:
         self.rank = order_rank(state.position)
         self._refresh()
 
+    def again(self, state: StoreState) -> BufferReader:
+        """The same for a state with the same pairs; what this one has stays as it is."""
+        other = copy(self)
+        other.state, other.owned, other.lent = state, False, True
+        return other
+
     def logits(self, q: Tensor, window: list[Tensor]) -> Tensor:
         """Products of q [B, H, C, R + K] with the `window` keys, then the store's: [B, H, C, .]."""
-        return torch.matmul(q, self.keys(window).transpose(2, 3))
+        if self.head:
+            return torch.matmul(q, self.keys(window).transpose(2, 3))
+        groups = torch.cat(window, 2), self.buffer[:, :, : self.used]
+        return torch.cat([torch.matmul(q, keys.transpose(2, 3)) for keys in groups], -1)
 
     def keys(self, window: list[Tensor]) -> Tensor:
         """The `window` keys, then the store's: [B, H, head + L, R + K], overwritten by the next."""
+        if not self.head:
+            return torch.cat([*window, self.buffer[:, :, : self.used]], 2)
         torch.cat(window, 2, out=self.buffer[:, :, : self.head])
         return self.buffer[:, :, : self.head + self.used]
 
@@ -89,6 +102,9 @@ class BufferReader:
         if not self.owned:
             old = StoreState(*(t.clone(memory_format=torch.contiguous_format) for t in old))
             self.state, self.owned = old, True
+        if self.lent:
+            self.buffer, self.direction = self.buffer.clone(), self.direction.clone()
+            self.lent = False
         rows = exchange(chosen, old.position.shape[-1], new.position.shape[-1])
         for target, source in zip(old[:-1], new[:-1], strict=True):  # all but the moments
             put(target, source, rows, inplace=True)

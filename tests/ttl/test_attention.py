@@ -234,7 +234,7 @@ def test_pages_are_read_with_the_memory_of_their_start_and_written_at_their_end(
     grid = make_grid(torch.tensor([0]), torch.tensor([T]), C, T)
     ids = torch.zeros(1, SPAN + W + grid.num_chunks * C, dtype=torch.int64)
     given = AttentionInput(torch.ones(1, T) > 0, ids, torch.zeros(1).long(), None, None)
-    mixed, state, _, _ = block._mix(x, state, grid, given)
+    mixed, state, *_ = block._mix(x, state, grid, given)
     assert (mixed - x - torch.cat(added, 1)).abs().max() < 1e-12
     for a, b in zip(state.memory.weights, memory.weights, strict=True):
         assert (a - b).abs().max() < 1e-12 and a.abs().max() > 1e-4
