@@ -275,7 +275,7 @@ class WindowAttention(nn.Module):
         first, end, num_queries = (
             (grid.start, grid.stop, q.shape[1]) if grid.alone else (0, N * C, C)
         )
-        length = W + min(end, C)  # slots that the queries of a chunk look at
+        length = W + grid.shown  # slots that the queries of a chunk look at
         fast = not torch.is_grad_enabled()
         ready = self._prepare(frame, store, grid, given, told, length)
         turns, reader = ready.turns, ready.reader

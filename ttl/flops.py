@@ -253,16 +253,17 @@ def _memory(
     delta, levels = c.memory.kind == "delta", c.memory.levels
     shapes = _shapes(c.memory, K)
     weights = sum(i * o for i, o in shapes)
-    chunks = _chunks(position, num_tokens, C)
+    reads = _reads(position, num_tokens, C, 0)
     adds = solve = 0
-    for chunk, n in zip(chunks, written or [C] * len(chunks), strict=True):
-        closes = (chunk + 1) * C <= position + num_tokens
-        add, cube = _write(c, n, closes)
+    for read, n in zip(reads, written or [read.shown for read in reads], strict=True):
+        closes = (read.number + 1) * C <= position + num_tokens
+        add, cube = _write(c, read.shown, n, closes)
         if n:
-            add += (levels + (not delta)) * C * weights  # the base and what was there at the start
-            add += 2 * C * n * sum(i for i, _ in shapes)  # this chunk's own steps
+            # the base and what was there at the start
+            add += (levels + (not delta)) * read.queries * weights
+            add += 2 * read.queries * n * sum(i for i, _ in shapes)  # this chunk's own steps
         else:
-            add += C * weights
+            add += read.queries * weights
         adds, solve = adds + add, solve + cube
     project = num_tokens * c.dim * c.num_heads * (4 * K + 2 + levels)
     return project + c.num_heads * adds, c.num_heads * solve
@@ -305,20 +306,20 @@ def _pages(
     closing = range(position // P * P // C, (position + num_tokens) // P * P // C)
     solve = 0
     for n in written or [C] * len(closing):
-        add, cube = _write(c, n, closes=True)
+        add, cube = _write(c, C, n, closes=True)
         adds, solve = adds + add, solve + cube
     return c.num_heads * adds, c.num_heads * solve
 
 
-def _write(config: ModelConfig, n: int, closes: bool) -> tuple[int, int]:
+def _write(config: ModelConfig, shown: int, n: int, closes: bool) -> tuple[int, int]:
     """Multiply-adds and cubes of solves of one head and chunk: errors, plan, steps, write.
 
-    n: tokens that are written, of the C whose errors are taken.
+    n: tokens that are written, of those `shown` whose errors are taken.
     """
     K, levels = config.head_dim, config.memory.levels
     shapes = _shapes(config.memory, K)
     weights = sum(i * o for i, o in shapes)
-    adds = config.chunk * weights
+    adds = shown * weights
     if n == 0:
         return adds, 0
     adds += n * n * K + (levels - 1) * n * n * (n + 1)

@@ -35,6 +35,11 @@ class Grid(NamedTuple):
         return self.start is not None and self.num_chunks == 1
 
     @property
+    def shown(self) -> int:
+        """Slots of a chunk that are looked at: all; of a call `alone` up to its last token."""
+        return self.stop if self.alone else self.chunk
+
+    @property
     def end(self) -> Tensor:
         """[B] int64: first slot that is still empty after the call."""
         return self.phase + self.lengths

@@ -242,10 +242,15 @@ def test_pages_are_read_with_the_memory_of_their_start_and_written_at_their_end(
 
 MAC = {"combine": "mac", "memory": MemoryConfig(page=2 * C), "memory_layers": (0,)}
 BY_MASS = {"store": StoreConfig(capacity=S, score="mass"), "memory_layers": ()}
+MLP = {"memory": MemoryConfig(kind="mlp", max_step=1.0), "memory_layers": (0,)}
+GATED = {"memory": MemoryConfig(kind="matrix", gate_threshold=1.0), "memory_layers": (0,)}
+AWAKE = {"fast": FastConfig(write="always"), "fast_layers": (0,)}
+DELTA = {"memory": MemoryConfig(kind="delta"), "memory_layers": (0,), "combine": "mal", **AWAKE}
+ALONE = {"mac": MAC, "mag by mass": BY_MASS, "mlp": MLP, "gated": GATED, "delta": DELTA}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [MAC, BY_MASS], ids=["mac", "mag by mass"])
+@pytest.mark.parametrize("options", ALONE.values(), ids=ALONE.keys())
 def test_a_call_within_one_chunk_asks_for_its_own_tokens_alone(monkeypatch, options):
     """It gives what it gives when all slots of the chunk ask, as they do where lanes differ."""
     model, draw = build(**options), torch.Generator().manual_seed(9)
@@ -276,6 +281,32 @@ def test_a_call_within_one_chunk_asks_for_its_own_tokens_alone(monkeypatch, opti
         for (name, a), (_, b) in zip(named_tensors(ours), named_tensors(slots), strict=True):
             assert torch.allclose(a.double(), b.double(), atol=1e-6), name
     assert float(ours.blocks[0].store.mass.max()) > 0.1
+
+
+@pytest.mark.parametrize("options", ALONE.values(), ids=ALONE.keys())
+def test_gradients_of_calls_within_one_chunk_are_those_of_all_slots(monkeypatch, options):
+    model = build(**options)
+    x = torch.randint(VOCAB, (1, W + 11), generator=torch.Generator().manual_seed(10))
+
+    def gradients():
+        state, losses = model.init_state(1), []
+        for part in x.split([W + 1, 1, 2, C - 1, 1, C - 1], 1):
+            y, state, _ = model(part, state)
+            losses.append(y.square().sum())
+        model.zero_grad()
+        sum(losses).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def any_lanes(*args):
+        return make_grid(*args)._replace(start=None, stop=None, aligned=False)
+
+    ours = gradients()
+    for module in (model_module, pages_module):
+        monkeypatch.setattr(module, "make_grid", any_lanes)
+    slots = gradients()
+    assert ours.keys() == slots.keys()
+    for name, g in ours.items():
+        assert (g - slots[name]).abs().max() < 1e-9 * (1 + slots[name].abs().max()), name
 
 
 @torch.no_grad()
