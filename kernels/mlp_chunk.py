@@ -45,10 +45,11 @@ def mlp_chunk(
 
     Args:
         stacks: [X, s * K, h] and [X, s * h, K] at the chunk's start.
-        q, k, v: [X, C, K], all C tokens planned.
+        q: [X, C, K] of all tokens, or of the last ones alone, as `plan.read` and `plan.mix` are.
+        k, v: [X, C, K], all C tokens planned.
 
     Returns:
-        y [X, C, K], the stacks at the chunk's end, norms [X, C] of the errors before clipping.
+        y as q, the stacks at the chunk's end, norms [X, C] of the errors before clipping.
     """
     y, first, second, norm = _MLPChunk.apply(
         (memory.chunk, memory.max_step, memory.limit),

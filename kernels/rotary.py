@@ -25,3 +25,17 @@ def rotate(x: Tensor, turn: Tensor, backwards: bool = False) -> Tensor:
     if backwards:
         sin = -sin
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def backward_factors(turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows f, g [length, R] of a `rotary_table`: x f + swapped(x) g is x turned backwards.
+
+    The same bits as `rotate` gives, in fewer and longer steps where many rows are turned.
+    """
+    cos, sin = turns.unbind(-2)
+    return torch.cat([cos, cos], -1), torch.cat([sin, -sin], -1)
+
+
+def swapped(x: Tensor) -> Tensor:
+    """x [..., R] with its halves the other way round."""
+    return torch.cat(x.chunk(2, -1)[::-1], -1)

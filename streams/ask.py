@@ -21,6 +21,7 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.language_model import LanguageModel
 from wakesleep.streams.prompts import STOP, UNKNOWN, decode_answer, encode_question
 from wakesleep.streams.tokenizer import NUM_SPECIAL
+from wakesleep.ttl.ready import Ready
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, StreamState
 
 MAX_ANSWER = 16  # tokens
@@ -91,13 +92,15 @@ def reply_to(language_model: LanguageModel, state: StreamState, question: str) -
     device = state.position.device
     one = torch.ones(1, 1, device=device)
 
-    def read(token: int, state: StreamState) -> tuple[Tensor, StreamState]:
+    def read(
+        token: int, state: StreamState, ready: Ready | None = None
+    ) -> tuple[Tensor, StreamState, Ready | None]:
         tokens = torch.tensor([[token]], device=device)
-        logits, state, _ = model(tokens, state, read_weight=one)
-        return logits[0, -1].double().nan_to_num().log_softmax(-1), state
+        logits, state, stats = model(tokens, state, read_weight=one, ready=ready)
+        return logits[0, -1].double().nan_to_num().log_softmax(-1), state, stats.ready
 
     _, state, _ = model(torch.tensor([ids[:-1]], device=device), state, head=False)
-    log_p, state = read(ids[-1], _without_mass(state))  # what the question read is no reason
+    log_p, state, ready = read(ids[-1], _without_mass(state))  # what the question read is no reason
     is_answer = 1.0 - float(log_p[UNKNOWN].exp())
     if is_answer < LEAST_PROBABILITY:
         return Reply("", is_answer, False, state, queries=1)
@@ -109,7 +112,7 @@ def reply_to(language_model: LanguageModel, state: StreamState, question: str) -
         log_probabilities.append(float(log_p[answer[-1]]))
         if answer[-1] == STOP or len(answer) == MAX_ANSWER:
             break
-        log_p, state = read(answer[-1], state)
+        log_p, state, ready = read(answer[-1], state, ready)
     text = decode_answer(tokenizer, answer)
     confidence = is_answer * math.exp(sum(log_probabilities) / len(log_probabilities))
     known = text != "" and confidence >= threshold

@@ -118,9 +118,10 @@ def decoding_model(config: BenchConfig, name: str, position: int) -> Contender:
 
     @torch.inference_mode()
     def turn() -> Tensor:
-        now = state
+        now, ready = state, None
         for token in ids.split(1, 1):
-            logits, now, _ = model(token, now)
+            logits, now, stats = model(token, now, ready=ready)
+            ready = stats.ready
         return logits
 
     check = _cuts(reader.language_model, config.seed, by_token=True)
@@ -177,8 +178,9 @@ def mac_model(config: BenchConfig, name: str, decode: bool) -> Contender:
 
 
 def _read_ours(model: TTLModel, ids: Tensor, start: int, end: int, carried):
-    logits, carried, _ = model(ids[:, start:end], carried or model.init_state(1))
-    return logits, carried
+    state, ready = carried or (model.init_state(1), None)
+    logits, state, stats = model(ids[:, start:end], state, ready=ready)
+    return logits, (state, stats.ready)
 
 
 def _read_mac(model, ids: Tensor, start: int, end: int, carried):
@@ -242,13 +244,14 @@ def check_cuts(model: TTLModel, seed: int, by_token: bool) -> str:
     ids = torch.randint(model.config.vocab_size, (1, 4 * chunk + TAIL // 2), generator=draw)
     sizes = {"window": chunk, "capacity": chunk}
     whole, _, _ = exact(ids, exact.init_state(1, **sizes))
-    state, pieces = exact.init_state(1, **sizes), []
+    state, ready, pieces = exact.init_state(1, **sizes), None, []
     parts = ids.split(chunk * 3 // 2 + 1, 1)
     if by_token:
         parts = (ids[:, :-TAIL], *ids[:, -TAIL:].split(1, 1))
     with torch.inference_mode():
         for part in parts:
-            logits, state, _ = exact(part, state)
+            logits, state, stats = exact(part, state, ready=ready)
+            ready = stats.ready
             pieces.append(logits)
     deviation = float((torch.cat(pieces, 1) - whole.detach()).abs().max())
     if not deviation <= TOLERANCE:

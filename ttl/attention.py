@@ -36,11 +36,13 @@ from wakesleep.kernels.softmax_read import (
     widen_window_key,
 )
 from wakesleep.ttl.fast import FastConfig, FastWeights, Told
-from wakesleep.ttl.grid import Grid, carry, gather, scatter
+from wakesleep.ttl.grid import Grid, behind, carry, gather, scatter
+from wakesleep.ttl.ready import LayerReady
 from wakesleep.ttl.recompute import recomputed
 from wakesleep.ttl.state import SPAN, SPAN_AFTER, FastState, StoreState, WindowState
 from wakesleep.ttl.store import ExactStore, StoreConfig, candidates, z_scores
 from wakesleep.ttl.store_reader import BufferReader, PieceReader
+from wakesleep.ttl.visible import bias_of, open_slots, overlapping
 
 TAPS = 4  # of the short convolution on q, k, v
 ROTARY_BASE = 10_000.0
@@ -67,6 +69,7 @@ class AttentionInput(NamedTuple):
     blind: Tensor | None = None  # [B, T] bool: queries that see of the window themselves alone
     recompute: bool = False  # reads and writes of a chunk are done again in the backward pass
     keep_power: float | None = None  # of what fast weights keep, in a pass of sleep; None = awake
+    ready: LayerReady | None = None  # what the call before has left for this layer
 
 
 class WindowAttention(nn.Module):
@@ -156,8 +159,8 @@ class WindowAttention(nn.Module):
         surprise: Tensor | None = None,
         page: PageView | None = None,
         fast: FastState | None = None,
-    ) -> tuple[Tensor, WindowState, StoreState | None, FastState | None]:
-        """Read x [B, T, D]; returns values [B, T, D] and the next states.
+    ) -> tuple[Tensor, WindowState, StoreState | None, FastState | None, LayerReady | None]:
+        """Read x [B, T, D]; returns values [B, T, D], the next states, what the next call may use.
 
         Args:
             fast: for a layer with fast weights.
@@ -169,29 +172,29 @@ class WindowAttention(nn.Module):
         opened = WindowState(*(t[:, W:] for t in window[:4]), tail)
         live = scatter(grid, given.live, opened.live)
         score, store = self._score(x, grid, given, live, opened, store, surprise)
-        slots = (scatter(grid, k, opened.k), scatter(grid, v, opened.v), live, score)
         frame = WindowState(
-            *(torch.cat([a[:, :W], b], 1) for a, b in zip(window[:4], slots, strict=True)), tail
+            behind(grid, k, window.k),
+            behind(grid, v, window.v),
+            torch.cat([window.live[:, :W], live], 1),
+            torch.cat([window.score[:, :W], score], 1),
+            tail,
         )
         weight = self._read_weight(x, given.read_weight)
-        if weight is not None:
-            weight = scatter(grid, weight, weight.new_zeros(weight.shape[0], C))
-        blind = given.blind
-        if blind is not None:
-            blind = scatter(grid, blind, torch.zeros_like(blind[:, :1]).expand(-1, C))
-        given = given._replace(blind=blind)
         asleep = told = None
         if self.fast is not None:
-            pairs = (slots[0], slots[1], live)
+            pairs = (frame.k[:, W:], frame.v[:, W:], live)
             power = 1.0 if given.keep_power is None else given.keep_power
             asleep, fast = self.fast(x, q, *pairs, fast, grid, power, given.recompute)
-            told = self._told(fast, store, given.rank_table, W)
-        q = scatter(grid, q, q.new_zeros(q.shape[0], C, *q.shape[2:]))
-        values, frame, store = self._read_chunks(q, frame, store, grid, given, weight, page, told)
+            told = given.ready.told if given.ready else self._told(fast, store, given.rank_table, W)
+        asking = (q, weight, given.blind)
+        if not grid.alone:
+            asking = (None if t is None else scatter(grid, t, open_slots(t, C)) for t in asking)
+        y, frame, store, ready = self._read_chunks(*asking, frame, store, grid, given, page, told)
+        if not grid.alone:
+            y = gather(grid, y, x.shape[1])
         state = WindowState(*(carry(grid, t, before=W) for t in frame[:4]), tail)
-        y = gather(grid, values, x.shape[1])
         y = self.out(y if asleep is None else y + asleep.flatten(2))
-        return y, state, store, fast
+        return y, state, store, fast, ready
 
     def context(self, h: Tensor) -> Tensor:
         """Keys and values [B, T, 2, H, K] of what a memory gave back, h [B, T, D]."""
@@ -255,36 +258,41 @@ class WindowAttention(nn.Module):
         turn = rotary_table(int(behind.max()) + 1, self.rotary_dims, ROTARY_BASE, self.q_gain)
         return told._replace(k=widen_stored_key(told.k, turn[behind, None, None]))
 
-    def _read_chunks(self, q, frame: WindowState, store, grid: Grid, given, weight, page, told):
+    def _read_chunks(
+        self, q, weight, blind, frame: WindowState, store, grid: Grid, given, page, told
+    ):
         """The chunk loop: read with the store frozen, then let the oldest chunk leave the window.
 
-        q: [B, G, H, K]; frame: W + G slots; weight, given.blind: [B, G] or None.
-        Returns values [B, G, H * K], the frame with its read mass, and the store.
+        The queries are those of all slots; in a call within one chunk those of its tokens, which
+        look no further than the last of them.
+
+        q: [B, G or T, H, K]; weight, blind: [B, G or T] or None; frame: W + G slots.
+        Returns values [B, G or T, H * K], the frame with its read mass, the store, and what a call
+        after one within a chunk may use.
         """
         C, N = grid.chunk, grid.num_chunks
         W = frame.live.shape[1] - N * C
-        q, k, v = (t.transpose(1, 2) for t in (q, frame.k, frame.v))  # [B, H, slots, K]
-        turns = self._turns(W + C, N, store, given.rank_table)
-        q = widen_query(q, turns[W : W + N * C])
-        k = widen_window_key(k, turns[: W + N * C])
+        first, end, num_queries = (
+            (grid.start, grid.stop, q.shape[1]) if grid.alone else (0, N * C, C)
+        )
+        length = W + grid.shown  # slots that the queries of a chunk look at
         fast = not torch.is_grad_enabled()
-        reader = None
-        if store is not None:
-            of = (self.store.config.quota, store, turns[W + C :], given.rank_table)
-            head = self._front(told) + W + C
-            reader = BufferReader(*of, head) if fast else PieceReader(*of)
+        ready = self._prepare(frame, store, grid, given, told, length)
+        turns, reader = ready.turns, ready.reader
+        q = widen_query(q.transpose(1, 2), turns[W + first : W + end])  # [B, H, slots, R + K]
+        k, v = ready.window, frame.v[:, : W + end].transpose(1, 2)
         again = given.recompute and not fast
         read_chunk = recomputed(self._read_chunk) if again else self._read_chunk
-        shown = _overlapping(k, v, W + C, C, cut=not fast)
+        shown = overlapping(k, v, length, C, cut=not fast and not grid.alone)
         leaving = [t.split(C, 1) for t in (frame.k, frame.v)]
-        values, score, queries = [], frame.score, q.split(C, 2)
+        values, score, queries = [], frame.score, q.split(num_queries, 2)
         for n in range(N):
-            at = slice(n * C, n * C + W + C)  # what the window shows during chunk n
-            here = slice(n * C, (n + 1) * C)
-            blind = None if given.blind is None else given.blind[:, here]
-            parts = (queries[n], *shown[n], frame.live[:, at], blind)
+            at = slice(n * C, n * C + length)  # what the window shows during chunk n
+            here = slice(n * C, n * C + num_queries)
+            alone = None if blind is None else blind[:, here]
+            parts = (queries[n], *shown[n], frame.live[:, at], alone)
             seen = copy(reader) if again else reader  # as it is now, for the second time
-            y, p = read_chunk(*parts, seen, page, n, told, weight is not None)
+            y, p = read_chunk(*parts, seen, page, n * C + first, told, weight is not None)
             values.append(y)
             if weight is not None:
                 p = p.detach().float()
@@ -296,7 +304,37 @@ class WindowAttention(nn.Module):
                 new = self._candidates(gone, frame.live, n, grid, given)
                 reader.admit(new, grid.position + (n + 1) * C, C)
         values = torch.cat(values, 2).transpose(1, 2).flatten(2)
-        return values, frame._replace(score=score), reader.state if reader else None
+        if grid.stop == C:
+            ready = ready._replace(window=None)
+        lasts = fast and grid.alone and page is None and given.rank_table is None
+        store = reader.state if reader else None
+        return values, frame._replace(score=score), store, ready if lasts else None
+
+    def _prepare(
+        self, frame: WindowState, store, grid: Grid, given, told: Told | None, length: int
+    ) -> LayerReady:
+        """Turned keys of the window and the store, and all rotations of this call.
+
+        length: slots of the window that a chunk's queries look at.
+        """
+        before, W = given.ready, frame.live.shape[1] - grid.num_chunks * grid.chunk
+        end = grid.stop if grid.alone else grid.num_chunks * grid.chunk
+        if before is None:
+            turns = self._turns(W + self.chunk, grid.num_chunks, store, given.rank_table)
+        else:
+            turns = before.turns
+        known = 0 if before is None or before.window is None else before.window.shape[2]
+        k = frame.k[:, known : W + end].transpose(1, 2)
+        k = widen_window_key(k, turns[known : W + end])
+        k = torch.cat([before.window, k], 2) if known else k
+        reader = None
+        if store is not None and before is not None:
+            reader = before.reader.again(store)
+        elif store is not None:
+            of = (self.store.config.quota, store, turns[W + self.chunk :], given.rank_table)
+            head = 0 if grid.alone else self._front(told) + length
+            reader = PieceReader(*of) if torch.is_grad_enabled() else BufferReader(*of, head)
+        return LayerReady(turns, k, reader, told)
 
     def _turns(self, near: int, num_chunks: int, store, rank_table) -> Tensor:
         """Rotations of all distances of this call: the frame, then the store's ranks."""
@@ -306,16 +344,18 @@ class WindowAttention(nn.Module):
             longest = max(longest, near + ranks)
         return rotary_table(longest, self.rotary_dims, ROTARY_BASE, self.q_gain)
 
-    def _page_bias(self, page: PageView, n: int) -> Tensor:
-        """Bias [B, H, C, P] of the page's keys for the queries of chunk n: none from later ones."""
+    def _page_bias(self, page: PageView, first: int, num_queries: int) -> Tensor:
+        """Bias [B, H, C, P] of the page's keys for queries from slot `first` on: no later ones."""
         slots = torch.arange(self.page, device=page.phase.device)
-        own = page.phase[:, None] + n * self.chunk + slots[: self.chunk]  # [B, C]
+        own = page.phase[:, None] + first + slots[:num_queries]  # [B, C]
         seen = page.live[:, None] & (slots <= own[..., None])
         bias = self.page_bias[:, None, None]
         return torch.where(seen[:, None], bias, bias.new_full((), -torch.inf))
 
-    def _read_chunk(self, q, k, v, live, blind, reader, page, n: int, told, probabilities: bool):
-        """Read chunk n: q [B, H, C, R + K] against front, window (in pieces) and store.
+    def _read_chunk(self, q, k, v, live, blind, reader, page, first, told, probabilities: bool):
+        """Read one chunk: q [B, H, C, R + K] against front, window (in pieces) and store.
+
+        first: slot of the first query.
 
         Returns:
             values [B, H, C, K] and the probabilities [B, H, C, L], which may be None if not asked.
@@ -326,13 +366,13 @@ class WindowAttention(nn.Module):
         seen, shown = live.cumsum(1)[:, -C:], live[:, None]  # [B, C] keys up to each query
         if blind is not None:
             own = torch.eye(C, dtype=torch.bool, device=q.device)
-            own = nn.functional.pad(own, (live.shape[1] - C, 0))  # [C, W + C]
+            own = nn.functional.pad(own, (live.shape[1] - C, 0))  # [C, slots]
             shown = shown & (own | ~blind[..., None])
             seen = torch.where(blind, live[:, -C:], seen)
         seen = self.num_persistent + seen
         paged = None
         if page is not None:
-            paged = self._page_bias(page, n)
+            paged = self._page_bias(page, first, C)
             seen = seen + paged[:, 0].isfinite().sum(-1)
         seen, values = seen[:, None], [torch.cat(values, 2)]
         if told is not None:
@@ -345,7 +385,7 @@ class WindowAttention(nn.Module):
         scale = 1 + self.size_gain[:, None] * size.to(q.dtype)
         q = scale_query(q, (scale * self.head_dim**-0.5)[..., None], self.rotary_dims)
         front = self._front(told)
-        bias = _bias(front, shown, reader if stored else None, paged, q)
+        bias = bias_of(front, shown, reader if stored else None, paged, q)
         of = (values, self.sink, front + live.shape[1] - C)
         if softmax_read_form(q, *keys, *values, probabilities=probabilities) == "triton":
             from wakesleep.kernels.softmax_read_triton import softmax_read_triton
@@ -420,42 +460,3 @@ class WindowAttention(nn.Module):
         known = nn.functional.pad(known, (0, C + SPAN - 1), value=-1)[:, : C + SPAN - 1]
         enters = live[:, at] & (position >= 0) & (grid.closed > n)[:, None]
         return candidates(*gone, enters, position, known)
-
-
-def _overlapping(k: Tensor, v: Tensor, length: int, C: int, cut: bool) -> list:
-    """What the window shows during each chunk: keys and values [B, H, ., K], each in pieces.
-
-    Args:
-        length: slots that it shows, of those of k and v from every multiple of C on.
-        cut: into pieces of C slots. The gradient of one slice of k for each chunk would be as
-            large as all of k, for each.
-    """
-    starts = range(0, k.shape[2] - length + 1, C)
-    if not cut:
-        return [((k[:, :, n : n + length],), (v[:, :, n : n + length],)) for n in starts]
-    pieces = k.split(C, 2), v.split(C, 2)
-    return [tuple(x[n // C : (n + length) // C] for x in pieces) for n in starts]
-
-
-def _bias(front: int, shown: Tensor, reader, paged: Tensor | None, q: Tensor):
-    """What keeps queries q [B, H, C, .] from places with nothing in them; None where all are full.
-
-    Args:
-        front: keys in front of the window's, the page's last.
-        shown: [B, 1 or C, W + C] bool of the window; paged: [B, H, C, P] of the page.
-
-    Returns:
-        [B, 1 or H, 1 or C, L], 0 or -inf but for the page's own bias.
-    """
-    if paged is None and bool(shown.all()) and (reader is None or reader.full):
-        return None
-    nothing = q.new_full((), -torch.inf)
-    parts = [torch.where(shown, 0.0, nothing)[:, None]]
-    if reader is not None:
-        parts.append(torch.where(reader.empty, nothing, 0.0)[:, :, None])
-    if paged is not None:
-        parts.insert(0, paged.to(q.dtype))
-        front -= paged.shape[-1]
-    parts.insert(0, q.new_zeros(q.shape[0], 1, 1, front))
-    shape = torch.broadcast_shapes(*(part.shape[:3] for part in parts))
-    return torch.cat([part.expand(*shape, -1) for part in parts], -1)

@@ -22,6 +22,7 @@ from wakesleep.ttl.attention import AttentionInput, PageView, WindowAttention
 from wakesleep.ttl.grid import Grid, carry, scatter
 from wakesleep.ttl.memory import NeuralMemory
 from wakesleep.ttl.pages import Piece, cut_at_pages, put_columns, take_columns, take_input
+from wakesleep.ttl.ready import LayerReady
 from wakesleep.ttl.state import BlockState
 
 
@@ -29,6 +30,7 @@ class BlockStats(NamedTuple):
     surprise: Tensor | None  # [B, T] float32 write strength of the memory, None without one
     written: Tensor | None  # [B, T] bool
     nonfinite: Tensor  # [B] int64 rows of the block's input that were not finite
+    ready: LayerReady | None  # for the next call
 
 
 class Block(nn.Module):
@@ -64,18 +66,18 @@ class Block(nn.Module):
         nonfinite = (given.live & ~finite).sum(1)
         x = torch.where(finite[..., None], x, x.new_zeros(()))
         given = given._replace(live=given.live & finite)
-        x, state, surprise, written = self._mix(x, state, grid, given)
+        x, state, surprise, written, ready = self._mix(x, state, grid, given)
         gate, up = self.mlp_in(self.mlp_norm(x)).chunk(2, -1)
         x = x + self.mlp_out(nn.functional.silu(gate) * up)
-        return x, state, BlockStats(surprise, written, nonfinite)
+        return x, state, BlockStats(surprise, written, nonfinite, ready)
 
     def _mix(self, x: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
-        """What attention and memory add to x; also the next state, surprise and written."""
+        """What attention and memory add to x; the next state, surprise, written, what is ready."""
         if self.memory is None:
-            a, window, store, fast = self.attention(
+            a, window, store, fast, ready = self.attention(
                 self.norm(x), state.window, state.store, grid, given, fast=state.fast
             )
-            return x + a, state._replace(window=window, store=store, fast=fast), None, None
+            return x + a, state._replace(window=window, store=store, fast=fast), None, None, ready
         match self.combine:
             case "mag":
                 h = self.norm(x)
@@ -88,11 +90,11 @@ class Block(nn.Module):
                 read = self.norm(x)
             case "mac":
                 return self._mix_pages(x, state, grid, given)
-        a, window, store, fast = self.attention(
+        a, window, store, fast, ready = self.attention(
             read, state.window, state.store, grid, given, wrote.per_head, fast=state.fast
         )
         state = state._replace(window=window, store=store, memory=memory, fast=fast)
-        return x + a, state, wrote.surprise, wrote.written
+        return x + a, state, wrote.surprise, wrote.written, ready
 
     def _remember(self, h: Tensor, state: BlockState, grid: Grid, given: AttentionInput):
         """What the memory says of h, its next state and what it wrote; asleep it writes nothing."""
@@ -110,7 +112,7 @@ class Block(nn.Module):
             added = put_columns(piece, added, y)
             surprise = put_columns(piece, surprise, wrote.surprise)
             written = put_columns(piece, written, wrote.written)
-        return x + added, state, surprise, written
+        return x + added, state, surprise, written, None
 
     def _mix_page(self, h: Tensor, state: BlockState, piece: Piece, given: AttentionInput):
         """y * gate(M(y)), with y what attention reads from page, window and store: [B, t, D]."""
@@ -119,7 +121,7 @@ class Block(nn.Module):
         kv = scatter(pages, kv, state.page.to(kv.dtype))
         live = scatter(pages, given.live, memory.live)
         view = PageView(kv, live, piece.chunks.position % pages.chunk)
-        y, window, store, fast = self.attention(
+        y, window, store, fast, _ = self.attention(
             h, state.window, state.store, piece.chunks, given, page=view, fast=state.fast
         )
         gate = 2 * self.memory.read(y, memory).sigmoid()  # 1 for a memory with nothing to say

@@ -136,26 +136,33 @@ class FastWeights(nn.Module):
         gates = gates[..., self.num_heads :].sigmoid()
         gates = gates.unflatten(-1, (2, self.num_heads)).transpose(-1, -2)
         gates = scatter(grid, gates, state.gates)  # [B, G, H, 2]
-        queries = scatter(grid, q, q.new_zeros(q.shape[0], self.chunk, *q.shape[2:]))
+        opened_gates, queries, asking, size = carry(grid, gates), q, q.shape[1], grid.shown
+        if grid.alone:
+            k, v, live, gates = (t[:, :size] for t in (k, v, live, gates))
+        else:
+            asking = self.chunk
+            queries = scatter(grid, q, q.new_zeros(q.shape[0], self.chunk, *q.shape[2:]))
         with torch.autocast(x.device.type, enabled=False):
             k = unit_key(k)
             dtype, B = k.dtype, live.shape[0]
-            parts = [to_chunks(t, self.chunk) for t in (unit_key(queries), k, v.to(dtype))]
-            keep, step = to_chunks(gates, self.chunk).to(dtype).unbind(-1)
+            keep, step = to_chunks(gates, size).to(dtype).unbind(-1)
             chunks = Chunks(
-                *parts,
+                to_chunks(unit_key(queries), asking),
+                to_chunks(k, size),
+                to_chunks(v.to(dtype), size),
                 keep=keep if keep_power == 1 else keep**keep_power,
                 eta=None,
                 step=step,
-                live=live.view(B, -1, self.chunk).transpose(0, 1),
+                live=live.reshape(B, -1, size).transpose(0, 1),
                 closed=torch.arange(grid.num_chunks, device=x.device)[:, None] < grid.closed,
             )
             stacks, unused = (state.s.to(dtype).flatten(0, 1),), k.new_zeros(B, 2)
             run = scan(DeltaMemory(), stacks, chunks, unused, recompute=recompute)
-            y = gather(grid, from_chunks(run.y, self.num_heads), x.shape[1])
+            y = from_chunks(run.y, self.num_heads)
+            y = y if grid.alone else gather(grid, y, x.shape[1])
             y = (y * opened).to(q.dtype)
             s = run.stacks[0].unflatten(0, (B, -1)).to(state.s.dtype)
-        return y, state._replace(s=s, gates=carry(grid, gates))
+        return y, state._replace(s=s, gates=opened_gates)
 
     def told(self, state: FastState) -> Told | None:
         """What an MLP gives for the keys that the softmax sees; None if there are none."""

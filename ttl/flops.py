@@ -71,22 +71,21 @@ def segment_flops(
     c = config
     W = c.window if window is None else window
     S = c.store.capacity if capacity is None else capacity
-    chunks = _chunks(position, num_tokens, c.chunk)
     tokens = batch * num_tokens
     inner = c.num_heads * c.head_dim
     rotary = c.head_dim // 4 // 2 * 2
-    queries = batch * c.chunk * c.num_heads
+    per_pair = 2 * batch * c.num_heads * (2 * c.head_dim + rotary)  # of a query and a key
     parts = []
     for layer in range(c.num_layers):
         paged = c.memory.page if c.combine == "mac" and layer in c.memory_layers else 0
-        near = len(chunks) * (1 + c.num_persistent + paged + W + c.chunk)
-        per_key = 2 * queries * (2 * c.head_dim + rotary)
+        reads = _reads(position, num_tokens, c.chunk, paged)
+        near = sum(r.queries * (1 + c.num_persistent + paged + W + r.shown) for r in reads)
         parts.append(PartCost("projections", layer, 2 * tokens * c.dim * 4 * inner))
-        parts.append(PartCost("window", layer, near * per_key))
+        parts.append(PartCost("window", layer, near * per_pair))
         if layer in c.store_layers:
-            used = sum(min(S, max(0, n * c.chunk - W)) for n in chunks)
-            mass = 2 * queries * (near + used) if c.store.score == "mass" else 0
-            parts.append(PartCost("store", layer, used * per_key + mass))
+            used = sum(r.queries * min(S, max(0, r.number * c.chunk - W)) for r in reads)
+            mass = 2 * batch * c.num_heads * (near + used) if c.store.score == "mass" else 0
+            parts.append(PartCost("store", layer, used * per_pair + mass))
             if c.store.score == "learned":
                 hidden = c.store.hidden * (c.dim + c.num_heads)
                 parts.append(PartCost("admission", layer, 2 * tokens * hidden))
@@ -213,6 +212,33 @@ def _chunks(position: int, num_tokens: int, chunk: int) -> range:
     return range(first, max(-(-(position + num_tokens) // chunk), first + 1))
 
 
+class Read(NamedTuple):
+    """What attention reads in one chunk."""
+
+    number: int  # of the chunk, since the lane's reset
+    queries: int
+    shown: int  # slots of the chunk that its queries look at
+
+
+def _reads(position: int, num_tokens: int, chunk: int, page: int) -> list[Read]:
+    """The reads of a call; page: where it is cut, 0 = nowhere.
+
+    A piece within one chunk asks for its own tokens, all others for all slots.
+    """
+    reads, stop = [], position + num_tokens
+    while True:
+        end = min(stop, (position // page + 1) * page) if page else stop
+        chunks = _chunks(position, end - position, chunk)
+        if len(chunks) == 1 and end > position:
+            first = chunks[0] * chunk
+            reads.append(Read(chunks[0], end - position, end - first))
+        else:
+            reads += [Read(n, chunk, chunk) for n in chunks]
+        position = end
+        if position == stop:
+            return reads
+
+
 def _shapes(config: MemoryConfig, head_dim: int) -> list[tuple[int, int]]:
     """Fast weights of one head, layer by layer."""
     K, h = head_dim, config.expansion * head_dim
@@ -227,16 +253,17 @@ def _memory(
     delta, levels = c.memory.kind == "delta", c.memory.levels
     shapes = _shapes(c.memory, K)
     weights = sum(i * o for i, o in shapes)
-    chunks = _chunks(position, num_tokens, C)
+    reads = _reads(position, num_tokens, C, 0)
     adds = solve = 0
-    for chunk, n in zip(chunks, written or [C] * len(chunks), strict=True):
-        closes = (chunk + 1) * C <= position + num_tokens
-        add, cube = _write(c, n, closes)
+    for read, n in zip(reads, written or [read.shown for read in reads], strict=True):
+        closes = (read.number + 1) * C <= position + num_tokens
+        add, cube = _write(c, read.shown, n, closes)
         if n:
-            add += (levels + (not delta)) * C * weights  # the base and what was there at the start
-            add += 2 * C * n * sum(i for i, _ in shapes)  # this chunk's own steps
+            # the base and what was there at the start
+            add += (levels + (not delta)) * read.queries * weights
+            add += 2 * read.queries * n * sum(i for i, _ in shapes)  # this chunk's own steps
         else:
-            add += C * weights
+            add += read.queries * weights
         adds, solve = adds + add, solve + cube
     project = num_tokens * c.dim * c.num_heads * (4 * K + 2 + levels)
     return project + c.num_heads * adds, c.num_heads * solve
@@ -251,7 +278,7 @@ def _fast(config: ModelConfig, position: int, num_tokens: int, rows: int) -> tup
     """
     c, H, K = config, config.num_heads, config.head_dim
     if c.fast.kind == "mlp":
-        queries = len(_chunks(position, num_tokens, c.chunk)) * c.chunk
+        queries = sum(read.queries for read in _reads(position, num_tokens, c.chunk, 0))
         read = queries * (2 * K + K // 4 // 2 * 2 + (c.store.score == "mass"))
         return rows * H * (read + K * K + 2 * K * hidden_width(c.fast, K)), 0
     if c.fast.write == "asleep":
@@ -279,20 +306,20 @@ def _pages(
     closing = range(position // P * P // C, (position + num_tokens) // P * P // C)
     solve = 0
     for n in written or [C] * len(closing):
-        add, cube = _write(c, n, closes=True)
+        add, cube = _write(c, C, n, closes=True)
         adds, solve = adds + add, solve + cube
     return c.num_heads * adds, c.num_heads * solve
 
 
-def _write(config: ModelConfig, n: int, closes: bool) -> tuple[int, int]:
+def _write(config: ModelConfig, shown: int, n: int, closes: bool) -> tuple[int, int]:
     """Multiply-adds and cubes of solves of one head and chunk: errors, plan, steps, write.
 
-    n: tokens that are written, of the C whose errors are taken.
+    n: tokens that are written, of those `shown` whose errors are taken.
     """
     K, levels = config.head_dim, config.memory.levels
     shapes = _shapes(config.memory, K)
     weights = sum(i * o for i, o in shapes)
-    adds = config.chunk * weights
+    adds = shown * weights
     if n == 0:
         return adds, 0
     adds += n * n * K + (levels - 1) * n * n * (n + 1)

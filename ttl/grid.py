@@ -26,6 +26,18 @@ class Grid(NamedTuple):
     lengths: Tensor  # [B] int64 tokens that the call brings
     position: Tensor  # [B] int64 position of slot 0 since the lane's reset
     aligned: bool  # every lane starts at a boundary and ends at one: reshaping is enough
+    start: int | None  # phase of all lanes if they all bring the whole call: slices are enough
+    stop: int | None  # `end` of all lanes, if so
+
+    @property
+    def alone(self) -> bool:
+        """The call's tokens are in one chunk, at the same place of it in all lanes."""
+        return self.start is not None and self.num_chunks == 1
+
+    @property
+    def shown(self) -> int:
+        """Slots of a chunk that are looked at: all; of a call `alone` up to its last token."""
+        return self.stop if self.alone else self.chunk
 
     @property
     def end(self) -> Tensor:
@@ -49,12 +61,14 @@ class Grid(NamedTuple):
 def make_grid(position: Tensor, lengths: Tensor, chunk: int, num_tokens: int) -> Grid:
     """The grid of a call of `num_tokens` columns; position and lengths are [B]."""
     phase = position % chunk
-    end = phase + lengths
-    num_chunks = max(1, -(-int(end.max()) // chunk))
-    aligned = bool((phase == 0).all() and (lengths == num_tokens).all()) and (
-        num_tokens == num_chunks * chunk
-    )
-    return Grid(chunk, num_chunks, phase, lengths, position - phase, aligned)
+    lanes = set(zip(phase.tolist(), lengths.tolist(), strict=True))
+    num_chunks = max(1, -(-max(first + length for first, length in lanes) // chunk))
+    (start, length), *others = lanes
+    stop = start + length
+    if others or not length == num_tokens > 0:
+        start = stop = None
+    aligned = start == 0 and stop == num_chunks * chunk
+    return Grid(chunk, num_chunks, phase, lengths, position - phase, aligned, start, stop)
 
 
 def scatter(grid: Grid, x: Tensor, opened: Tensor) -> Tensor:
@@ -64,6 +78,8 @@ def scatter(grid: Grid, x: Tensor, opened: Tensor) -> Tensor:
     """
     if grid.aligned:
         return x
+    if grid.start is not None:
+        return behind(grid, x, opened)
     B, T = x.shape[:2]
     G = grid.num_chunks * grid.chunk
     slots = torch.arange(G, device=x.device)
@@ -78,6 +94,20 @@ def scatter(grid: Grid, x: Tensor, opened: Tensor) -> Tensor:
     return torch.cat([head, out[:, grid.chunk :]], 1)
 
 
+def behind(grid: Grid, x: Tensor, carried: Tensor) -> Tensor:
+    """Put call tokens x [B, T, ...] behind what was carried [B, before + C, ...], see `carry`.
+
+    Returns:
+        [B, before + G, ...]; slots that hold nothing yet are zero (False).
+    """
+    before = carried.shape[1] - grid.chunk
+    if grid.start is None:
+        return torch.cat([carried[:, :before], scatter(grid, x, carried[:, before:])], 1)
+    empty = grid.num_chunks * grid.chunk - grid.stop
+    nothing = x.new_zeros(x.shape[0], empty, *x.shape[2:])
+    return torch.cat([carried[:, : before + grid.start], x, nothing], 1)
+
+
 def gather(grid: Grid, y: Tensor, num_tokens: int) -> Tensor:
     """Take the call's tokens out of the grid: y [B, G, ...] to [B, T, ...].
 
@@ -85,6 +115,8 @@ def gather(grid: Grid, y: Tensor, num_tokens: int) -> Tensor:
     """
     if grid.aligned:
         return y
+    if grid.start is not None:
+        return y[:, grid.start : grid.start + num_tokens]
     columns = grid.phase[:, None] + torch.arange(num_tokens, device=y.device)
     return _rows(y, columns.clamp(max=y.shape[1] - 1))
 
@@ -94,9 +126,13 @@ def carry(grid: Grid, y: Tensor, before: int = 0) -> Tensor:
 
     y: [B, before + G, ...], slots of the grid preceded by `before` older ones.
     """
+    if grid.stop is not None and grid.stop < grid.chunk:
+        return y
     nothing = y.new_zeros(y.shape[0], grid.chunk, *y.shape[2:])
-    if grid.aligned:  # every lane closed all chunks; a copy, so that y is not kept alive
-        return torch.cat([y[:, grid.num_chunks * grid.chunk :], nothing], 1)
+    if grid.stop is not None:
+        kept = y[:, grid.stop // grid.chunk * grid.chunk :]
+        empty = before + grid.chunk - kept.shape[1]
+        return torch.cat([kept, nothing[:, :empty]], 1)  # a copy, so that y is not kept alive
     first = (grid.closed * grid.chunk)[:, None]
     columns = torch.arange(before + grid.chunk, device=y.device)
     return _rows(torch.cat([y, nothing], 1), first + columns)

@@ -218,9 +218,11 @@ class NeuralMemory(nn.Module):
             gates = gates.new_tensor(nothing).expand_as(gates)
         with torch.autocast(x.device.type, enabled=False):
             q, page = self._unit(q), self._fill(state, grid, k, v, gates, live)
-            q = scatter(grid, q, torch.zeros_like(state.k))
+            if not grid.alone:
+                q = scatter(grid, q, torch.zeros_like(state.k))
             run, state = self._run(q, page, state, grid, recompute)
-            y = gather(grid, from_chunks(run.y, self.num_heads), T)
+            y = from_chunks(run.y, self.num_heads)
+            y = y if grid.alone else gather(grid, y, T)
             stats = self._stats(run, grid, T)
         return self._emit(y, gate, x.dtype), state._replace(tail=tail), stats
 
@@ -325,16 +327,21 @@ class NeuralMemory(nn.Module):
         if q is None and not bool((closed > 0).any()):
             return None, state._replace(**opened)
         number = torch.arange(G // self.chunk, device=closed.device)[:, None] // per
-        gates = page.gates.view(B, -1, self.chunk, self.num_heads, page.gates.shape[-1])
+        size = self.chunk  # slots of a chunk that hold something
+        if q is not None and grid.alone:
+            size = grid.shown
+            filled = {n: getattr(page, n)[:, :size] for n in ("k", "v", "gates", "live")}
+            page = page._replace(**filled)
+        gates = page.gates.reshape(B, -1, size, self.num_heads, page.gates.shape[-1])
         gates = gates.permute(4, 1, 0, 3, 2).flatten(2, 3)  # [2 or 3, N, B * H, C]
         chunks = Chunks(
-            q=None if q is None else to_chunks(q, self.chunk),
-            k=to_chunks(page.k, self.chunk),
-            v=to_chunks(page.v, self.chunk),
+            q=None if q is None else to_chunks(q, q.shape[1] if grid.alone else self.chunk),
+            k=to_chunks(page.k, size),
+            v=to_chunks(page.v, size),
             keep=gates[0],
             step=gates[1],
             eta=gates[2] if self.config.levels == 2 else None,
-            live=page.live.view(B, -1, self.chunk).transpose(0, 1),
+            live=page.live.reshape(B, -1, size).transpose(0, 1),
             closed=number < closed,
         )
         threshold = self.config.gate_threshold

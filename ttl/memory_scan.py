@@ -39,9 +39,9 @@ Part = TypeVar("Part", bound=tuple)
 
 
 class Chunks(NamedTuple):
-    """Tokens of a call on their grid of chunks."""
+    """Tokens of a call on their grid of chunks, or of one chunk as far as it is filled."""
 
-    q: Tensor | None  # [N, X, C, K]; None = nobody reads
+    q: Tensor | None  # [N, X, C, K], or of the chunk's last tokens alone; None = nobody reads
     k: Tensor  # [N, X, C, K]
     v: Tensor  # [N, X, C, K]
     keep: Tensor  # [N, X, C]
@@ -75,7 +75,7 @@ def scan(
         mean: [B, 2], see `Scan`; it moves at closed chunks if the threshold needs it.
         recompute: keep the stacks between chunks, and do the rest again in the backward pass.
     """
-    if isinstance(memory, DeltaMemory):
+    if isinstance(memory, DeltaMemory) and (chunks.q is None or chunks.q.shape == chunks.k.shape):
         tokens = [t for t in (chunks.q, chunks.k, chunks.v) if t is not None]
         if delta_rule_form(stacks[0], *tokens, gated=threshold > 0) == "triton":
             return _scan_delta(stacks, chunks, mean)
@@ -86,6 +86,7 @@ def scan(
         step = _mlp_step
     steps = []
     for chunk, plan in zip(_apart(chunks), plans, strict=True):
+        plan = None if plan is None else _of_last(plan, chunk.q)
         steps.append(step(_own(memory), stacks, chunk, plan, mean, threshold))
         stacks, mean = steps[-1].stacks, steps[-1].mean.detach()
     y = None if chunks.q is None else torch.stack([step.y for step in steps])
@@ -108,6 +109,13 @@ def _apart(parts: Part) -> list[Part]:
     """One tuple for each chunk. The gradient of each `part[n]` would be as large as all of them."""
     columns = [repeat(None) if part is None else part.unbind(0) for part in parts]
     return [type(parts)(*row) for row in zip(*columns, strict=False)]
+
+
+def _of_last(plan: Plan, q: Tensor | None) -> Plan:
+    """The plan for queries q [X, C, K] of the last tokens alone."""
+    if q is None or q.shape[1] == plan.read.shape[1]:
+        return plan
+    return plan._replace(read=plan.read[:, -q.shape[1] :], mix=plan.mix[:, -q.shape[1] :])
 
 
 def _own(memory: Memory) -> Memory:
@@ -248,5 +256,5 @@ def _pack(
         take_rows(chunk.step, index),
         take_rows(written.repeat_interleave(heads, 0), index),
     )
-    plan = read_rows(plan, written.cumsum(1).repeat_interleave(heads, 0))
+    plan = _of_last(read_rows(plan, written.cumsum(1).repeat_interleave(heads, 0)), chunk.q)
     return take_rows(k, index), type(errors)(*(take_rows(e, index) for e in errors)), plan

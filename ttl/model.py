@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from wakesleep.ttl.attention import AttentionInput, WindowAttention
 from wakesleep.ttl.block import Block
 from wakesleep.ttl.fast import FastConfig, no_fast_weights
-from wakesleep.ttl.grid import carry, make_grid, scatter
+from wakesleep.ttl.grid import behind, carry, make_grid
 from wakesleep.ttl.memory import MemoryConfig, NeuralMemory
+from wakesleep.ttl.ready import Ready
 from wakesleep.ttl.state import (
     SPAN,
     BlockState,
@@ -101,6 +102,7 @@ class StepStats(NamedTuple):
     surprise: Tensor  # [B, T] float32 write strength, mean over the layers with a memory
     written: Tensor  # [B, T] float32 share of the memory layers that wrote the token
     nonfinite: Tensor  # [B] int64 rows that were masked in this call
+    ready: Ready | None  # for the next call, of one within a chunk and without gradients
 
 
 class TTLModel(nn.Module):
@@ -207,6 +209,7 @@ class TTLModel(nn.Module):
         blind: Tensor | None = None,
         recompute: bool = False,
         head: bool = True,
+        ready: Ready | None = None,
     ) -> tuple[Tensor, StreamState, StepStats]:
         """Read tokens [B, T] int64; lane b consumes its first lengths[b] (all T if None).
 
@@ -220,6 +223,7 @@ class TTLModel(nn.Module):
             recompute: keep less for the backward pass: what is read and written in each chunk of
                 attention and memory is computed again there.
             head: False returns the final hidden states instead of logits.
+            ready: of the StepStats that came with `state`; less is made anew.
 
         Returns:
             logits [B, T, V] (or hidden states [B, T, D]), state, StepStats. Rows at and after a
@@ -235,13 +239,16 @@ class TTLModel(nn.Module):
         tokens = torch.where(inside, tokens, 0)
         grid = make_grid(state.position, lengths, self.config.chunk, T)
         before = SPAN + self.window_of(state)
-        ids = torch.cat([state.ids[:, :before], scatter(grid, tokens, state.ids[:, before:])], 1)
+        ids = behind(grid, tokens, state.ids)
         told = (read_weight, rank_table, read_floor, blind, recompute)
         given = AttentionInput(inside, ids, state.lane, *told)
         x = self.embedding(tokens) * self.config.dim**0.5
+        layers = (None,) * len(self.blocks)
+        if ready is not None and grid.alone and rank_table is None and not torch.is_grad_enabled():
+            layers = ready.for_state(state)
         blocks, stats = [], []
-        for block, part in zip(self.blocks, state.blocks, strict=True):
-            x, part, seen = block(x, part, grid, given)
+        for block, part, left in zip(self.blocks, state.blocks, layers, strict=True):
+            x, part, seen = block(x, part, grid, given._replace(ready=left))
             blocks.append(part)
             stats.append(seen)
         nonfinite = sum(s.nonfinite for s in stats)
@@ -258,7 +265,9 @@ class TTLModel(nn.Module):
         x = self.norm(x)
         if head:
             x = nn.functional.linear(x, self.embedding.weight)
-        return x, state, StepStats(*_mean_stats(stats, inside), nonfinite)
+        layers = tuple(s.ready for s in stats)
+        ready = Ready(state, layers) if any(layers) else None
+        return x, state, StepStats(*_mean_stats(stats, inside), nonfinite, ready)
 
     def sleep_pass(
         self, state: StreamState, keep_power: float = 0.0, over: RecentState | None = None

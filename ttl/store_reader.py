@@ -13,6 +13,7 @@ read (for `PieceReader`: pairs that were in the store at any time of the call).
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from wakesleep.kernels.admission import (
     order_rank,
     rank_after,
 )
-from wakesleep.kernels.rotary import rotate
+from wakesleep.kernels.rotary import backward_factors, rotate, swapped
 from wakesleep.kernels.softmax_read import unit
 from wakesleep.ttl.state import StoreState
 
@@ -42,24 +43,38 @@ class BufferReader:
         Args:
             turns: [at least S, 2, R // 2] rotation of each distance, rank 0 first.
             rank_table: [B, S] int64 distance of each rank, None = the rank itself.
-            head: number of keys in front of the store's.
+            head: number of keys in front of the store's; 0 = they stay in tensors of their own,
+                which is less work for few queries.
         """
-        self.quota, self.state, self.turns, self.rank_table = quota, state, turns, rank_table
-        self.owned = False
+        self.quota, self.state, self.rank_table = quota, state, rank_table
+        self.factors = backward_factors(turns)
+        self.owned = self.lent = False  # the state's pairs; the keys
         B, H, S, K = state.k.shape
         self.head, R = head, 2 * turns.shape[-1]
         self.buffer = state.k.new_zeros(B, H, head + S, K + R)
         self.buffer[:, :, head:, 2 * R :] = state.k[..., R:]
         self.direction = unit(state.k[..., :R])  # what turns, before it is turned
+        self.swapped = swapped(self.direction)
         self.rank = order_rank(state.position)
         self._refresh()
 
+    def again(self, state: StoreState) -> BufferReader:
+        """The same for a state with the same pairs; what this one has stays as it is."""
+        other = copy(self)
+        other.state, other.owned, other.lent = state, False, True
+        return other
+
     def logits(self, q: Tensor, window: list[Tensor]) -> Tensor:
         """Products of q [B, H, C, R + K] with the `window` keys, then the store's: [B, H, C, .]."""
-        return torch.matmul(q, self.keys(window).transpose(2, 3))
+        if self.head:
+            return torch.matmul(q, self.keys(window).transpose(2, 3))
+        groups = torch.cat(window, 2), self.buffer[:, :, : self.used]
+        return torch.cat([torch.matmul(q, keys.transpose(2, 3)) for keys in groups], -1)
 
     def keys(self, window: list[Tensor]) -> Tensor:
         """The `window` keys, then the store's: [B, H, head + L, R + K], overwritten by the next."""
+        if not self.head:
+            return torch.cat([*window, self.buffer[:, :, : self.used]], 2)
         torch.cat(window, 2, out=self.buffer[:, :, : self.head])
         return self.buffer[:, :, : self.head + self.used]
 
@@ -89,11 +104,16 @@ class BufferReader:
         if not self.owned:
             old = StoreState(*(t.clone(memory_format=torch.contiguous_format) for t in old))
             self.state, self.owned = old, True
+        if self.lent:
+            self.buffer, self.lent = self.buffer.clone(), False
+            self.direction, self.swapped = self.direction.clone(), self.swapped.clone()
         rows = exchange(chosen, old.position.shape[-1], new.position.shape[-1])
         for target, source in zip(old[:-1], new[:-1], strict=True):  # all but the moments
             put(target, source, rows, inplace=True)
         R = self.direction.shape[-1]
-        put(self.direction, unit(new.k[..., :R]), rows, inplace=True)
+        direction = unit(new.k[..., :R])
+        put(self.direction, direction, rows, inplace=True)
+        put(self.swapped, swapped(direction), rows, inplace=True)
         behind = rows.target + (rows.target // old.position.shape[-1] + 1) * self.head
         content = nn.functional.pad(new.k[..., R:], (2 * R, 0))
         put(self.buffer, content, rows._replace(target=behind), inplace=True)
@@ -111,8 +131,11 @@ class BufferReader:
         self.count, self.used = _taken(self.state.position)
         self.full = bool((self.count == self.used).all())
         distance = distances(self.rank[..., : self.used], self.rank_table)
-        turn = self.turns.index_select(0, distance.flatten()).unflatten(0, distance.shape)
-        turned = rotate(self.direction[:, :, : self.used], turn, backwards=True)
+        near, across = (
+            f.index_select(0, distance.flatten()).unflatten(0, distance.shape) for f in self.factors
+        )
+        turned = near * self.direction[:, :, : self.used]
+        turned += across * self.swapped[:, :, : self.used]
         R = turned.shape[-1]
         self.buffer[:, :, self.head : self.head + self.used, R : 2 * R] = turned
 

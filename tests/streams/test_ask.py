@@ -39,8 +39,8 @@ class Scripted(torch.nn.Module):
     def window_of(self, state):
         return self.model.window_of(state)
 
-    def forward(self, tokens, state, *, read_weight=None, head=True):
-        logits, state, stats = self.model(tokens, state, read_weight=read_weight, head=head)
+    def forward(self, tokens, state, *, head=True, **options):
+        logits, state, stats = self.model(tokens, state, head=head, **options)
         if head:
             token, p, others = self.script.pop(0)
             rest = (1 - p - sum(others.values())) / (logits.shape[-1] - 1 - len(others))

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from wakesleep.kernels.rotary import rotary_table, rotate
+from wakesleep.ttl import attention as attention_module
+from wakesleep.ttl import model as model_module
+from wakesleep.ttl import pages as pages_module
 from wakesleep.ttl.attention import ROTARY_BASE, TAPS, AttentionInput
 from wakesleep.ttl.checks import assert_causal
 from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.grid import make_grid
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
-from wakesleep.ttl.state import SPAN, SPAN_AFTER, BlockState, StreamState
+from wakesleep.ttl.state import SPAN, SPAN_AFTER, BlockState, StreamState, named_tensors
 from wakesleep.ttl.store import StoreConfig
 
 W, C, S, T, VOCAB = 8, 4, 6, 45, 31
@@ -32,10 +35,8 @@ def build(**options) -> TTLModel:
         window=W,
         chunk=C,
         num_persistent=1,
-        memory_layers=(),
         store_layers=(0,),
-        store=StoreConfig(capacity=S, hidden=8),
-        **options,
+        **{"memory_layers": (), "store": StoreConfig(capacity=S, hidden=8), **options},
     )
     model = TTLModel(config).double()
     with torch.no_grad():
@@ -233,10 +234,79 @@ def test_pages_are_read_with_the_memory_of_their_start_and_written_at_their_end(
     grid = make_grid(torch.tensor([0]), torch.tensor([T]), C, T)
     ids = torch.zeros(1, SPAN + W + grid.num_chunks * C, dtype=torch.int64)
     given = AttentionInput(torch.ones(1, T) > 0, ids, torch.zeros(1).long(), None, None)
-    mixed, state, _, _ = block._mix(x, state, grid, given)
+    mixed, state, *_ = block._mix(x, state, grid, given)
     assert (mixed - x - torch.cat(added, 1)).abs().max() < 1e-12
     for a, b in zip(state.memory.weights, memory.weights, strict=True):
         assert (a - b).abs().max() < 1e-12 and a.abs().max() > 1e-4
+
+
+MAC = {"combine": "mac", "memory": MemoryConfig(page=2 * C), "memory_layers": (0,)}
+BY_MASS = {"store": StoreConfig(capacity=S, score="mass"), "memory_layers": ()}
+MLP = {"memory": MemoryConfig(kind="mlp", max_step=1.0), "memory_layers": (0,)}
+GATED = {"memory": MemoryConfig(kind="matrix", gate_threshold=1.0), "memory_layers": (0,)}
+AWAKE = {"fast": FastConfig(write="always"), "fast_layers": (0,)}
+DELTA = {"memory": MemoryConfig(kind="delta"), "memory_layers": (0,), "combine": "mal", **AWAKE}
+ALONE = {"mac": MAC, "mag by mass": BY_MASS, "mlp": MLP, "gated": GATED, "delta": DELTA}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", ALONE.values(), ids=ALONE.keys())
+def test_a_call_within_one_chunk_asks_for_its_own_tokens_alone(monkeypatch, options):
+    """It gives what it gives when all slots of the chunk ask, as they do where lanes differ."""
+    model, draw = build(**options), torch.Generator().manual_seed(9)
+    original, asked = attention_module.scale_query, []
+    ours, slots = model.init_state(2), model.init_state(2)
+
+    def any_lanes(*args):
+        return make_grid(*args)._replace(start=None, stop=None, aligned=False)
+
+    def spy(q, *args):
+        asked.append(q.shape[2])
+        return original(q, *args)
+
+    monkeypatch.setattr(attention_module, "scale_query", spy)
+    for length in (W + C + 2, 1, 1, 3, 4, 2, C + 1, *[1] * 9):
+        x = torch.randint(VOCAB, (2, length), generator=draw)
+        told = {"blind": torch.rand(x.shape, generator=draw) < 0.3}
+        told["read_weight"] = torch.rand(x.shape, generator=draw)
+        within = int(ours.position[0]) % C + length <= C
+        y, ours, _ = model(x, ours, **told)
+        assert asked.pop() == length or not within
+        with monkeypatch.context() as patch:
+            for module in (model_module, pages_module):
+                patch.setattr(module, "make_grid", any_lanes)
+            expected, slots, _ = model(x, slots, **told)
+        assert asked.pop() == C
+        assert (y - expected).abs().max() < 1e-12
+        for (name, a), (_, b) in zip(named_tensors(ours), named_tensors(slots), strict=True):
+            assert torch.allclose(a.double(), b.double(), atol=1e-6), name
+    assert float(ours.blocks[0].store.mass.max()) > 0.1
+
+
+@pytest.mark.parametrize("options", ALONE.values(), ids=ALONE.keys())
+def test_gradients_of_calls_within_one_chunk_are_those_of_all_slots(monkeypatch, options):
+    model = build(**options)
+    x = torch.randint(VOCAB, (1, W + 11), generator=torch.Generator().manual_seed(10))
+
+    def gradients():
+        state, losses = model.init_state(1), []
+        for part in x.split([W + 1, 1, 2, C - 1, 1, C - 1], 1):
+            y, state, _ = model(part, state)
+            losses.append(y.square().sum())
+        model.zero_grad()
+        sum(losses).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def any_lanes(*args):
+        return make_grid(*args)._replace(start=None, stop=None, aligned=False)
+
+    ours = gradients()
+    for module in (model_module, pages_module):
+        monkeypatch.setattr(module, "make_grid", any_lanes)
+    slots = gradients()
+    assert ours.keys() == slots.keys()
+    for name, g in ours.items():
+        assert (g - slots[name]).abs().max() < 1e-9 * (1 + slots[name].abs().max()), name
 
 
 @torch.no_grad()

@@ -122,13 +122,16 @@ def test_by_mass_the_store_evicts_what_was_read_least(monkeypatch):
         p, front, start = shares.pop().float(), 2, t // C * C - W
         for b in range(B):
             for h in range(H):
-                row = p[b, h, t % C]
-                for slot in range(W + C):
+                row, shown = (
+                    p[b, h, 0],
+                    W + t % C + 1,
+                )  # the call's token alone, and what it may see
+                for slot in range(shown):
                     if 0 <= start + slot <= t:
                         mass[b, h, start + slot] += row[front + slot]
                 for place, position in enumerate(before[b, h].tolist()):
                     if position >= 0:
-                        mass[b, h, position] += row[front + W + C + place]
+                        mass[b, h, position] += row[front + shown + place]
                 if (t + 1) % C == 0 and t + 1 > W:
                     held[b][h] += range(t + 1 - C - W, t + 1 - W)
                 while len(held[b][h]) > size:
