@@ -151,6 +151,8 @@ def _mlp_step(
     memory: MLPMemory, stacks: Stacks, chunk: Chunks, plan: Plan, mean: Tensor, threshold: float
 ) -> Scan:
     """As `_step`, for an MLP that writes every live token."""
+    if not bool(chunk.closed.any()):  # nothing is written yet
+        return _step(memory, stacks, chunk, plan, mean, threshold)
     y, after, norm = mlp_chunk(memory, stacks, chunk.q, chunk.k, chunk.v, plan)
     heads = chunk.k.shape[0] // chunk.live.shape[0]
     surprise = (chunk.step * norm).detach() * chunk.live.repeat_interleave(heads, 0)
@@ -207,8 +209,6 @@ def _of_closed(after: Stacks, before: Stacks, closed: Tensor) -> Stacks:
     """Stacks after a chunk that counts for the lanes `closed` [B] alone."""
     if bool(closed.all()):
         return after
-    if not bool(closed.any()):
-        return before
     lanes = closed.repeat_interleave(before[0].shape[0] // closed.shape[0])[:, None, None]
     return tuple(torch.where(lanes, *pair) for pair in zip(after, before, strict=True))
 

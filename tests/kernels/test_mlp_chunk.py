@@ -49,10 +49,11 @@ def by_methods(memory, stacks, q, k, v, plan):
     return y, memory.write(stacks, plan, errors, steps), norm
 
 
-def gradients(function, inputs, wanted=(0, 1, 2)):
-    memory, stacks, tokens, gates, leaves = inputs
-    plan = memory.plan(tokens[1], *gates)
-    y, after, norm = function(memory, stacks, *tokens, plan)
+def gradients(function, inputs, wanted=(0, 1, 2), readers=C):
+    memory, stacks, (q, k, v), gates, leaves = inputs
+    plan = memory.plan(k, *gates)
+    plan = plan._replace(read=plan.read[:, -readers:], mix=plan.mix[:, -readers:])
+    y, after, norm = function(memory, stacks, q[:, -readers:], k, v, plan)
     probes = torch.Generator().manual_seed(1)
     results = [y, *after]
     weighed = [(r * torch.randn(r.shape, generator=probes).double()).sum() for r in results]
@@ -72,6 +73,17 @@ def test_results_and_gradients_are_those_of_autograd(momentum, limit, wanted):
         torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
     if wanted == (0, 1, 2):
         assert all(g.abs().max() > 1e-6 for g in fast)
+
+
+@cases
+def test_so_are_they_where_the_last_tokens_alone_read(momentum, limit):
+    inputs = make(momentum, limit)
+    there, slow = gradients(by_methods, inputs, readers=2)
+    here, fast = gradients(mlp_chunk, inputs, readers=2)
+    assert here[0].shape[1] == 2
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @cases
