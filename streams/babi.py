@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -41,9 +41,6 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 GOT_THERE = {"qa2": 1.0, "qa3": 0.2, "qa5": 1.0}  # share of the sentences that end in "there"
 LEFT_THERE = 0.2
 MIDDLE = 2 / 3  # of the sentences of qa4 that end in the room that both name
-TURNED = 0.5  # of those about other ways than the four: way and room first, as they are asked for
-INVERSE = 0.5  # of its stories that are asked in both forms: were they all, only form and way
-# together would tell anything about an answer, and nothing is learned from such a parity
 MOST = {"qa4": 1}  # questions about a story of this task: of two rooms, one rules out the other
 BLOCK = 2  # events between two moments at which a question may come
 ASKED = {"qa1": 1.0, "qa2": 0.6, "qa3": 0.5, "qa5": 0.75}  # share of these, once there is one
@@ -57,23 +54,20 @@ class Cast(NamedTuple):
     people: Sequence[str]
     places: Sequence[str]
     things: Sequence[str]
-    ways: Mapping[str, str]  # and their opposites
 
 
 def own_cast(task: str) -> Cast:
     """Those of the published data."""
-    return Cast(GIVERS if task == "qa5" else PEOPLE, PLACES, THINGS, OPPOSITE)
+    return Cast(GIVERS if task == "qa5" else PEOPLE, PLACES, THINGS)
 
 
 def open_cast(draw: random.Random, words: Words) -> Cast:
     """As many of each from a large vocabulary."""
     own = own_cast("qa1")
-    way, back = draw.sample(words.adjectives, 2)
     return Cast(
         draw.sample(words.first_names, len(own.people)),
         draw.sample(words.nouns, len(own.places)),
         draw.sample(words.animals, len(own.things)),
-        {way: back, back: way},
     )
 
 
@@ -224,19 +218,16 @@ class _World:
 def _rooms(draw: random.Random, cast: Cast) -> list[Event]:
     """Three rooms in a line; what is asked about one sentence is its first room."""
     first, middle, last = draw.sample(list(cast.places), 3)
-    onward = draw.choice(sorted(cast.ways))  # where one comes going from first to last
+    onward = draw.choice(sorted(OPPOSITE))  # where one comes going from first to last
     pairs = [(middle, onward, first), (last, onward, middle)]
     draw.shuffle(pairs)
-    inverse = cast.ways == OPPOSITE and draw.random() < INVERSE  # others nobody can know
     events, known = [], {}
     for number, (room, way, other) in enumerate(pairs):
         if (other == middle) == (draw.random() >= MIDDLE):
-            room, way, other = other, cast.ways[way], room
-        known[f"What is {way} of the {other}?"] = room, number
-        if inverse:
-            known[f"What is the {other} {cast.ways[way]} of?"] = room, number
-        text = f"The {room} is {way} of the {other}."
-        if cast.ways != OPPOSITE and draw.random() < TURNED:
-            text = f"To the {way} of the {other} is the {room}."
-        events.append(Event(text, room, dict(known)))
+            room, way, other = other, OPPOSITE[way], room
+        known |= {
+            f"What is {way} of the {other}?": (room, number),
+            f"What is the {other} {OPPOSITE[way]} of?": (room, number),
+        }
+        events.append(Event(f"The {room} is {way} of the {other}.", room, dict(known)))
     return events

@@ -141,6 +141,7 @@ def _written_out(memory: Memory, chunks: Chunks, threshold: float) -> bool:
     """Whether the gradient of a chunk is that of `mlp_chunk`, which keeps only what goes in."""
     return (
         torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # see `short_convolution`
         and isinstance(memory, MLPMemory)
         and chunks.q is not None
         and threshold == 0
