@@ -108,7 +108,7 @@ class _Again(NamedTuple):
     errors: MLPErrors
     sigmoid: Tensor  # [X, C, h] of z
     normed: Tensor  # [X, C, K] n
-    bound: Tensor  # [X, C] theta = gate * bound
+    bound: Tensor  # [X, C] with a minus, as the steps have it: theta = gate * bound
     outer: Tensor  # [X, C, K] g1
     back: Tensor  # [X, C, h] g B^T
     steps: tuple[Tensor, Tensor]
@@ -161,7 +161,8 @@ def _read_back(
     """Through y = q + gamma LN(u) + bias, back to the steps ("step0", "step1") and "hidden"."""
     hidden, steps = again.errors.hidden, again.steps
     near = torch.bmm(q, k.mT)
-    z = read_start(memory.base, stacks, 0, q, plan).baddbmm_(near * plan.mix, steps[0])
+    nearby = near * plan.mix
+    z = read_start(memory.base, stacks, 0, q, plan).baddbmm_(nearby, steps[0])
     sigmoid = z.sigmoid()
     x = z.mul_(sigmoid)
     like = torch.bmm(x, hidden.mT)
@@ -180,7 +181,7 @@ def _read_back(
     dx.baddbmm_(d_mixed, hidden)
     grads.add("hidden", torch.bmm(d_mixed.mT, x))
     dz = dx.mul_(torch.addcmul(sigmoid + x, sigmoid, x, value=-1))
-    grads.add("step0", torch.bmm((near * plan.mix).mT, dz))
+    grads.add("step0", torch.bmm(nearby.mT, dz))
     grads.add("q", _layer_back(grads, memory, stacks, 0, q, plan, dz))
     d_mixed = torch.bmm(dz, steps[0].mT)
     grads.sums["mix"].addcmul_(d_mixed, near)

@@ -10,7 +10,6 @@ from wakesleep.streams.bench_layers import (
     OURS,
     PER_CHUNK,
     PER_TOKEN,
-    RECOMPUTE,
     SHORT_CALLS,
     streaming_layer,
     training_layer,
@@ -61,8 +60,8 @@ def _groups(config: BenchConfig, operation: str) -> list[Group]:
             names = (OURS, PER_CHUNK, SHORT_CALLS, PER_TOKEN, FLA)
             return [_layers(config, operation, s, names, names[1:3]) for s in config.shapes]
         case "memory-training":
-            names = (OURS, RECOMPUTE, PER_CHUNK)
-            return [_layers(config, operation, s, names, names[2:]) for s in config.shapes]
+            names = (OURS, PER_CHUNK)
+            return [_layers(config, operation, s, names, names[1:]) for s in config.shapes]
         case "model-streaming":
             twins = [Entry(name, "full store") for name in WITHOUT]
             behind = [Entry(ATTENTION, f"after {rounded(n)}", n) for n in _contexts(config)]

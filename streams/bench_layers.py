@@ -25,7 +25,7 @@ from wakesleep.streams.bench_titans import EXPANSION, TitansLayer, check_online
 from wakesleep.ttl.grid import make_grid
 from wakesleep.ttl.memory import NORM_EPS, MemoryConfig, NeuralMemory
 
-OURS, RECOMPUTE = "ours", "ours, recompute"
+OURS = "ours"
 PER_CHUNK, SHORT_CALLS, PER_TOKEN = (
     "titans-pytorch, per chunk",
     "titans-pytorch, per chunk, short calls",
@@ -73,12 +73,12 @@ def streaming_layer(config: BenchConfig, shape: str, name: str) -> Contender:
 
 def training_layer(config: BenchConfig, shape: str, name: str) -> Contender:
     """Forward and backward pass of a layer over a sequence of noise."""
-    if name in (OURS, RECOMPUTE):
+    if name == OURS:
         layer = our_memory(shape, config.chunk)
-        forward: Step = our_step(layer, name == RECOMPUTE)
+        forward: Step = our_step(layer)
 
         def check() -> str:
-            deviation = check_gradients(layer, name == RECOMPUTE, config.seed)
+            deviation = check_gradients(layer, config.seed)
             return f"gradients as token by token in float64, within {deviation:.0e}"
     else:
         layer = forward = TitansLayer(*heads_of(shape), config.chunk, config.chunk)
@@ -106,19 +106,15 @@ def our_memory(shape: str, chunk: int) -> NeuralMemory:
     return NeuralMemory(config, heads * width, heads, width, chunk)
 
 
-def our_step(memory: NeuralMemory, recompute: bool = False) -> Step:
-    """Read a segment [1, T, D]; carried are the state and the position.
-
-    Args:
-        recompute: do the work of each chunk again in a backward pass instead of keeping it.
-    """
+def our_step(memory: NeuralMemory) -> Step:
+    """Read a segment [1, T, D]; carried are the state and the position."""
 
     def step(x: Tensor, carried: Any) -> tuple[Tensor, Any]:
         state, position = carried or (memory.init_state(1), torch.zeros(1, dtype=torch.int64))
         lengths = torch.tensor([x.shape[1]])
         grid = make_grid(position, lengths, memory.chunk, x.shape[1])
         live = torch.ones(x.shape[:2], dtype=torch.bool)
-        y, state, _ = memory(x, state, grid, live, recompute)
+        y, state, _ = memory(x, state, grid, live)
         return y, (state, position + lengths)
 
     return step
@@ -165,14 +161,14 @@ def check_outputs(memory: NeuralMemory, seed: int) -> float:
     return _within(float((torch.cat(pieces) - reference).abs().max()), "outputs are")
 
 
-def check_gradients(memory: NeuralMemory, recompute: bool, seed: int) -> float:
+def check_gradients(memory: NeuralMemory, seed: int) -> float:
     """Largest deviation of a gradient from the reference's in float64, as a share of its largest.
 
     Raises:
         Unequal: it is above `TOLERANCE`.
     """
     exact, x = _exact(memory, seed)
-    found = _gradients(exact, our_step(exact, recompute)(x[None], None)[0])
+    found = _gradients(exact, our_step(exact)(x[None], None)[0])
     expected = _gradients(exact, reference_output(exact, x))
     shares = [
         float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
