@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from wakesleep.streams.bench_config import BenchConfig
-from wakesleep.streams.bench_measure import load_libraries, page_faults
+from wakesleep.streams.bench_measure import load_libraries, page_faults, risen
 from wakesleep.streams.bench_models import OURS, check_cuts, open_reader
 from wakesleep.streams.meters import peak_rss_bytes
 from wakesleep.streams.segments import Segment
@@ -52,7 +52,7 @@ def read_on(
             "minor_faults": now[0] - faults[0],
             "major_faults": now[1] - faults[1],
             "seconds": time.perf_counter() - begin,
-            "peak_bytes": peak_rss_bytes() - before,
+            "peak_bytes": risen(before),
         }
     check = check_cuts(reader.language_model.model, config.seed, by_token=False)
     return {mark: {"equal": True, "check": check, **values} for mark, values in found.items()}

@@ -78,7 +78,16 @@ def peak_of(build: Callable[[], Contender]) -> int:
     contender = build()
     for _ in range(PEAK_TURNS):
         contender.turn()
-    return peak_rss_bytes() - before
+    return risen(before)
+
+
+def risen(before: int) -> int:
+    """Bytes that the peak of this process has risen by since it was `before`.
+
+    The kernel adds up its counts of each processor only now and then, so a peak may be read a few
+    pages lower than it was.
+    """
+    return max(0, peak_rss_bytes() - before)
 
 
 def touch(num_bytes: int) -> None:

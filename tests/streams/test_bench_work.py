@@ -7,10 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wakesleep.streams import bench_attention, bench_layers, bench_models, bench_titans, bench_work
+from wakesleep.streams import (
+    bench_attention,
+    bench_layers,
+    bench_measure,
+    bench_models,
+    bench_titans,
+    bench_work,
+)
 from wakesleep.streams.bench_cases import Entry, Group, groups
 from wakesleep.streams.bench_config import BenchConfig
-from wakesleep.streams.bench_measure import Contender, Unequal, in_turn, touch
+from wakesleep.streams.bench_measure import Contender, Unequal, in_turn, peak_of, touch
 from wakesleep.streams.bench_process import Failed, Processes
 from wakesleep.streams.bench_rows import faults_of
 from wakesleep.streams.bench_training import training_model
@@ -228,6 +235,12 @@ def _hold(num_bytes, told):
     return bench_work.peak_of(
         lambda: Contender(1, lambda: torch.ones(num_bytes, dtype=torch.uint8), lambda: "")
     )
+
+
+def test_a_peak_that_is_read_lower_than_before_is_no_memory(monkeypatch):
+    read = iter([4 << 20, (4 << 20) - 81_920])
+    monkeypatch.setattr(bench_measure, "peak_rss_bytes", lambda: next(read))
+    assert peak_of(lambda: Contender(1, lambda: torch.ones(1), lambda: "")) == 0
 
 
 def _fail(told):
