@@ -36,7 +36,7 @@ from wakesleep.ttl.config_json import parse_json
 
 EXCERPT = 128  # tokens around a hard place
 SORTS = (
-    *("pairs", "dense", "reversed", "recall", "changes", "stories"),
+    *("pairs", "pairs_reversed", "dense", "reversed", "recall", "changes", "stories"),
     *("babi", "babi_in_text", "language"),
 )
 STAGED = ("facts_min", "facts_max", "far")  # keys of RecallConfig
@@ -59,6 +59,7 @@ class MixtureConfig:
     pairs: tuple[float, ...] = (
         0.05,
     )  # random tokens to be copied, close together, no text between
+    pairs_reversed: tuple[float, ...] = (0.0,)  # the same, with the value before its name
     dense: tuple[float, ...] = (0.1,)  # many facts close together, no text between
     reversed: tuple[float, ...] = (0.0,)  # the same, with the value before what it is asked by
     recall: tuple[float, ...] = (0.45,)  # facts in text
@@ -184,6 +185,8 @@ class Mixture:
         match sort:
             case "pairs":
                 write_pairs(page)
+            case "pairs_reversed":
+                write_pairs(page, turned=True)
             case "dense":
                 write_dense(page, maker)
             case "reversed":

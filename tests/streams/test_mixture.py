@@ -170,6 +170,25 @@ def test_pairs_of_random_tokens_are_asked_by_the_name_before_the_value(folder):
     assert len(names) > 100 and len(set(names)) > 0.95 * len(names)
 
 
+def test_reversed_pairs_are_asked_by_the_name_behind_the_value_and_often_by_both_its_parts(folder):
+    data = mixture(folder, "pairs_reversed")
+    (verb,), (end,) = data.tokenizer.encode(" of"), data.tokenizer.encode(".")
+    said, shared = [], 0
+    for row in sequences(data):
+        tokens = row.tokens.tolist()
+        for start, stop, age, kind in row.answers:
+            if data.kinds[kind] != "pair":
+                continue
+            name = tokens[start - tokens[:start][::-1].index(1) : start - 1]
+            value = tokens[start : stop - 1]
+            statement = tokens[start - age :][: len(value) + len(name) + 2]
+            assert statement == [*value, verb, *name, end] and row.value[start - age]
+            others = [other for other, _ in said[-8:] if other != name]
+            shared += any(other[0] == name[0] or other[-1] == name[-1] for other in others)
+            said.append((name, value))
+    assert len(said) > 100 and 0.2 < shared / len(said) < 0.7
+
+
 def test_no_statement_is_asked_twice_by_the_same_question(folder):
     data = mixture(folder)
     for row in sequences(data):
