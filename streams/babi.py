@@ -42,6 +42,9 @@ GOT_THERE = {"qa2": 1.0, "qa3": 0.2, "qa5": 1.0}  # share of the sentences that 
 LEFT_THERE = 0.2
 MIDDLE = 2 / 3  # of the sentences of qa4 that end in the room that both name
 MOST = {"qa4": 1}  # questions about a story of this task: of two rooms, one rules out the other
+INTERRUPTED, ON_THE_WAY = 0.6, 0.6  # stories with questions on the way; sentences with one behind
+SMALL = 0.5  # of stories with some of the cast only
+FEWEST = (2, 2, 1)  # people, places, things
 BLOCK = 2  # events between two moments at which a question may come
 ASKED = {"qa1": 1.0, "qa2": 0.6, "qa3": 0.5, "qa5": 0.75}  # share of these, once there is one
 QUESTIONS = 5  # of a published story; the last one that is asked ends the story
@@ -86,16 +89,25 @@ def make_babi(draw: random.Random, task: str, cast: Cast) -> list[Event]:
 
 
 def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float) -> None:
-    """Fill a page with stories, one behind the other, a few questions behind each."""
+    """Fill a page with stories, one behind the other, a few questions behind each, or on the way.
+
+    Most answers of a page are those on the way: long stories teach little by what comes behind.
+    """
     draw = page.draw
     while True:
         before, task, events = len(page.pieces), *_draw_story(draw, tasks, words, open_share)
-        sources = [page.say(page.used, event.text, event.named) for event in events]
-        known = events[-1].known
-        count = min(draw.randint(1, 3), MOST.get(task, 3), len(known))
-        for question in draw.sample(sorted(known), count):
-            answer, told = known[question]
-            page.ask(page.used, question, answer, sources[told], task)
+        often = ON_THE_WAY if task not in MOST and draw.random() < INTERRUPTED else 0.0
+        sources: list[int] = []
+        asked: set[tuple[str, int]] = set()  # an answer could be read off an equal one
+        for event in events:
+            sources.append(page.say(page.used, event.text, event.named))
+            last = event is events[-1]
+            new = [q for q, (_, told) in sorted(event.known.items()) if (q, told) not in asked]
+            most = draw.randint(1, MOST.get(task, 3)) if last else int(draw.random() < often)
+            for question in draw.sample(new, min(most, len(new))):
+                answer, told = event.known[question]
+                asked.add((question, told))
+                page.ask(page.used, question, answer, sources[told], task)
         if page.used > page.length:
             page.drop_to(before)
             return
@@ -115,7 +127,19 @@ def _draw_story(
 ) -> tuple[str, list[Event]]:
     task = draw.choice(tasks)
     cast = open_cast(draw, words) if draw.random() < open_share else own_cast(task)
+    if task not in MOST and draw.random() < SMALL:
+        cast = _some_of(draw, cast)
     return task, make_babi(draw, task, cast)
+
+
+def _some_of(draw: random.Random, cast: Cast) -> Cast:
+    """A smaller world: more happens to each of its things, so that more can be asked."""
+    return Cast(
+        *(
+            draw.sample(names, draw.randint(fewest, len(names)))
+            for names, fewest in zip(cast, FEWEST, strict=True)
+        )
+    )
 
 
 class _World:

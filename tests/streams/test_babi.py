@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from wakesleep.streams import babi
 from wakesleep.streams.babi import PLACES, make_babi, open_cast, own_cast, spread_babi, write_babi
 from wakesleep.streams.sequences import ANSWER_KINDS, BABI, Page, RecallConfig
 from wakesleep.streams.training_config import TrainConfig
@@ -136,6 +137,37 @@ def test_pages_hold_whole_stories_and_their_answers(write):
             text = tokenizer.decode(made.tokens[:start]) + "."
             lines = re.findall("|".join((MOVE, GET, DROP, GIVE, ROOMS)), text)
             assert lines and tokenizer.decode(made.tokens[start : stop - 1]).strip()
+
+
+@pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa5"])
+def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same(task, monkeypatch):
+    lengths, early, tokenizer = [], 0, open_tokenizer(TrainConfig())
+
+    def recorded(*args):
+        lengths.append(len(events := make_babi(*args)))
+        return events
+
+    monkeypatch.setattr(babi, "make_babi", recorded)
+    for seed in range(15):
+        lengths.clear()
+        page = Page(tokenizer, random.Random(seed), 1024, RecallConfig())
+        write_babi(page, [task], load_words("train"), 0.5)
+        left, told, asked, source = 0, [], set(), {}
+        for number, piece in enumerate(page.pieces):
+            text = tokenizer.decode(piece.ids).strip()
+            if piece.kind is None:
+                if not left:
+                    left, told, asked = lengths.pop(0), [], set()
+                told.append(text)
+                left, source[len(told) - 1] = left - 1, number
+                continue
+            question = tokenizer.decode(piece.ids[1 : piece.value.start - 1]).strip()
+            said = tokenizer.decode(piece.ids[piece.value.start : -1]).strip()
+            assert said == answer(told, question)
+            assert (question, piece.source) not in asked and piece.source in source.values()
+            asked.add((question, piece.source))
+            early += left > 0
+    assert early > 20
 
 
 def test_as_many_rooms_have_two_neighbours_asked_by_direction_as_published():
