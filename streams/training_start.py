@@ -10,6 +10,7 @@ from wakesleep.streams.training_data import Source
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.model_io import load_model
 
+FREE = {"window", "store.capacity", "store_layers"}  # keys of a model that may be other ones
 TRIED = 16  # sequences that are made before a run begins, to see whether they can be
 
 
@@ -28,14 +29,15 @@ def start_from(model: TTLModel, config: TrainConfig) -> None:
 
     The window and the store's capacity may be other ones: no weight depends on them. Layers
     may lack the memory, the store or the fast weights that they have there: a twin without a part.
-    They may have fast weights that they lack there: until something is written, these say nothing.
-    And those may be of another kind: the read has the same weights.
+    They may have a store that they lack there: it is read as the window is, and has to learn what
+    it keeps. They may have fast weights that they lack there: until something is written, these say
+    nothing. And those may be of another kind: the read has the same weights.
     """
     shipped = config.train.start == "default"
     found = load_model(DEFAULT if shipped else config.train.start)
     before, now = flat(found.config), flat(config.model)
-    for key in sorted((before.keys() | now.keys()) - {"window", "store.capacity"}):
-        parts = ("memory_layers", "store_layers", "fast_layers")
+    for key in sorted((before.keys() | now.keys()) - FREE):
+        parts = ("memory_layers", "fast_layers")
         fewer = key in parts and set(now[key]) <= set(before[key])
         fast = before["fast_layers"] and now["fast_layers"]
         unread = key.startswith("fast.") and (key != "fast.write" or not fast)

@@ -467,9 +467,11 @@ def test_a_run_may_start_from_a_trained_model(tmp_path):
     again = load_model(tmp_path / "second" / "last").state_dict()
     assert all(torch.equal(weight, trained[name]) for name, weight in again.items())
     sizes = {"window": 24, "store": {"capacity": 24, "hidden": 8}, "fast_layers": [0]}
+    sizes["store_layers"] = [0, 1]
     train(task(train=start, optim=still, model={**MODEL, **sizes}), tmp_path / "other")
     other = load_model(tmp_path / "other" / "last")
     assert other.config.store.capacity == 24 and other.config.fast_layers == (0,)
+    assert len(MODEL["store_layers"]) == 1 and other.config.store_layers == (0, 1)
     assert all(torch.equal(other.state_dict()[n], weight) for n, weight in trained.items())
     with pytest.raises(Refused, match=r"model.mlp_dim is 32 there and 48 here"):
         train(task(train=start, model={"mlp_dim": 48}), tmp_path / "third")
