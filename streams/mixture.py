@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from wakesleep.streams.babi import spread_babi, write_babi
-from wakesleep.streams.chains import write_chains
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.facts import FactMaker
 from wakesleep.streams.id_files import fingerprint, ids_sha256, map_ids
@@ -37,7 +36,7 @@ from wakesleep.ttl.config_json import parse_json
 
 EXCERPT = 128  # tokens around a hard place
 SORTS = (
-    *("pairs", "pairs_reversed", "chains", "dense", "reversed", "recall", "changes", "stories"),
+    *("pairs", "pairs_reversed", "dense", "reversed", "recall", "changes", "stories"),
     *("babi", "babi_in_text", "language"),
 )
 STAGED = ("facts_min", "facts_max", "far")  # keys of RecallConfig
@@ -61,9 +60,6 @@ class MixtureConfig:
         0.05,
     )  # random tokens to be copied, close together, no text between
     pairs_reversed: tuple[float, ...] = (0.0,)  # the same, with the value before its name
-    chains: tuple[float, ...] = (
-        0.0,
-    )  # the same, in two steps: the value of what is a name's value
     dense: tuple[float, ...] = (0.1,)  # many facts close together, no text between
     reversed: tuple[float, ...] = (0.0,)  # the same, with the value before what it is asked by
     recall: tuple[float, ...] = (0.45,)  # facts in text
@@ -191,8 +187,6 @@ class Mixture:
                 write_pairs(page)
             case "pairs_reversed":
                 write_pairs(page, turned=True)
-            case "chains":
-                write_chains(page)
             case "dense":
                 write_dense(page, maker)
             case "reversed":

@@ -31,9 +31,9 @@ FILL = 0.75  # of a sequence that statements and questions take at most, unless 
 EPISODE = (2, 16)  # facts of one episode of a dense sequence
 DENSE_CHANGES = 0.2  # share of the facts of a dense sequence that change
 NAME_TOKENS, PART_TOKENS, VALUE_TOKENS = (1, 3), (1, 2), (1, 5)  # of a pair of random tokens
-PAIR, STORY, UNKNOWN, REVERSED, CHAIN = "pair", "story", "unknown", "reversed", "chain"
+PAIR, STORY, UNKNOWN, REVERSED = "pair", "story", "unknown", "reversed"
 BABI = ("qa1", "qa2", "qa3", "qa4", "qa5")
-ANSWER_KINDS = (*TRAINED_KINDS, LOOSE, PAIR, STORY, UNKNOWN, *BABI, REVERSED, CHAIN)
+ANSWER_KINDS = (*TRAINED_KINDS, LOOSE, PAIR, STORY, UNKNOWN, *BABI, REVERSED)
 
 
 Run = tuple[int, ...]  # ids that follow each other
@@ -137,31 +137,24 @@ class Page:
         ids = [*prompt, *encode_answer(self.tokenizer, answer)]
         self._add(Piece(target, ids, range(len(prompt), len(ids)), source, kind))
 
-    def pair(self, name: Run, value: Run, *, turned: bool = False, valid: bool = True) -> int:
+    def pair(self, name: Run, value: Run, *, turned: bool = False) -> int:
         """Add the statement that one run of tokens is the value of another, behind all others.
 
         Args:
             turned: the value stands before its name.
-            valid: no later statement says something else.
         """
         verb, end = (self.tokenizer.encode(text) for text in (" of" if turned else " is", "."))
         first, second = (value, name) if turned else (name, value)
         begin = 0 if turned else len(name) + len(verb)
         where = range(begin, begin + len(value))
         ids = [*first, *verb, *second, *end]
-        return self._add(Piece(self.used, ids, where, None, None, valid))
+        return self._add(Piece(self.used, ids, where, None, None, valid=True))
 
-    def ask_pair(
-        self, name: Run, value: Run | None, source: int | None, *, chain: bool = False
-    ) -> None:
-        """Add the question for the value of a name, None if it has none.
-
-        Args:
-            chain: it is the value of its value that is asked for.
-        """
-        prompt = wrap_question([*self.tokenizer.encode(" is"), *name] if chain else name)
+    def ask_pair(self, name: Run, value: Run | None, source: int | None) -> None:
+        """Add the question for the value of a name, None if it has none."""
+        prompt = wrap_question(name)
         ids = [*prompt, *wrap_answer(value)]
-        kind = UNKNOWN if value is None else CHAIN if chain else PAIR
+        kind = UNKNOWN if value is None else PAIR
         self._add(Piece(self.used, ids, range(len(prompt), len(ids)), source, kind))
 
     def drop_to(self, count: int) -> None:
@@ -263,12 +256,12 @@ def write_pairs(page: Page, *, turned: bool = False) -> None:
         before = len(page.pieces)
         parted = turned and page.draw.random() < 0.5
         drawn = _grid(page, wanted) if parted else _random_names(page, wanted)
-        names = {name: random_ids(page, VALUE_TOKENS) for name in drawn}
+        names = {name: _random_ids(page, VALUE_TOKENS) for name in drawn}
         sources = {name: page.pair(name, value, turned=turned) for name, value in names.items()}
         for name in page.draw.sample(list(names), len(names)):
             page.ask_pair(name, names[name], sources[name])
             if page.draw.random() < page.config.unknown_odds:
-                page.ask_pair(random_ids(page, NAME_TOKENS), None, None)
+                page.ask_pair(_random_ids(page, NAME_TOKENS), None, None)
         if page.used <= page.length:
             wanted = page.draw.randint(*EPISODE)
         else:
@@ -277,17 +270,17 @@ def write_pairs(page: Page, *, turned: bool = False) -> None:
 
 
 def _random_names(page: Page, count: int) -> Iterator[Run]:
-    return (random_ids(page, NAME_TOKENS) for _ in range(count))
+    return (_random_ids(page, NAME_TOKENS) for _ in range(count))
 
 
 def _grid(page: Page, count: int) -> list[Run]:
     """Names of two parts each, out of as few parts as it takes and one more."""
     few = range(math.isqrt(count) + 1)
-    first, second = ([random_ids(page, PART_TOKENS) for _ in few] for _ in range(2))
+    first, second = ([_random_ids(page, PART_TOKENS) for _ in few] for _ in range(2))
     return page.draw.sample([a + b for a in first for b in second], count)
 
 
-def random_ids(page: Page, count: tuple[int, int]) -> Run:
+def _random_ids(page: Page, count: tuple[int, int]) -> Run:
     low, high = NUM_SPECIAL, page.tokenizer.vocab_size
     return tuple(page.draw.randrange(low, high) for _ in range(page.draw.randint(*count)))
 

@@ -23,7 +23,7 @@ from wakesleep.streams.words import load_words, split_of
 
 FILLER = 11  # a token of one sign that no fact holds
 LENGTH = 1_024
-OTHERS = ("chains", "reversed", "babi", "babi_in_text")  # have tests of their own
+OTHERS = ("reversed", "babi", "babi_in_text")  # test_reversed_facts.py, test_babi.py
 OWN = [sort for sort in SORTS if sort not in OTHERS]
 SPECIAL = {1: "<Q>", 2: "<A>", 3: "<S>", 4: "<U>"}
 
