@@ -43,6 +43,7 @@ LEFT_THERE = 0.2
 MIDDLE = 2 / 3  # of the sentences of qa4 that end in the room that both name
 MOST = {"qa4": 1}  # questions about a story of this task: of two rooms, one rules out the other
 INTERRUPTED, ON_THE_WAY = 0.6, 0.6  # stories with questions on the way; sentences with one behind
+SPELT = 0.5  # stories that say where a thing is taken or left
 SMALL = 0.5  # of stories with some of the cast only
 FEWEST = (2, 2, 1)  # people, places, things
 BLOCK = 2  # events between two moments at which a question may come
@@ -97,10 +98,15 @@ def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float
     while True:
         before, task, events = len(page.pieces), *_draw_story(draw, tasks, words, open_share)
         often = ON_THE_WAY if task not in MOST and draw.random() < INTERRUPTED else 0.0
+        spelt = draw.random() < SPELT
         sources: list[int] = []
         asked: set[tuple[str, int]] = set()  # an answer could be read off an equal one
         for event in events:
-            sources.append(page.say(page.used, event.text, event.named))
+            sources.append(
+                _say_with_place(page, event)
+                if spelt and event.place
+                else page.say(page.used, event.text, event.named)
+            )
             last = event is events[-1]
             new = [q for q, (_, told) in sorted(event.known.items()) if (q, told) not in asked]
             most = draw.randint(1, MOST.get(task, 3)) if last else int(draw.random() < often)
@@ -111,6 +117,12 @@ def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float
         if page.used > page.length:
             page.drop_to(before)
             return
+
+
+def _say_with_place(page: Page, event: Event) -> int:
+    """Say where something is taken or left: it was told before, so it is to be predicted."""
+    text = event.text.removesuffix(".").removesuffix(" there")
+    return page.say(page.used, f"{text} in the {event.place}.", event.place, told=True)
 
 
 def spread_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float) -> None:
@@ -167,7 +179,10 @@ class _World:
                 case "give":
                     found = self._give(person, number)
             if found:
-                return Event(*found, self._known())
+                place, _ = (
+                    self.told.get(person, (None, 0)) if kind in ("get", "drop") else (None, 0)
+                )
+                return Event(*found, self._known(), place)
 
     def _move(self, person: str, number: int) -> tuple[str, str]:
         place = self.draw.choice([p for p in self.cast.places if p != self.where[person]])

@@ -105,6 +105,7 @@ class Piece(NamedTuple):
     source: int | None  # of a question: index of the statement that answers it; None: nothing does
     kind: str | None  # of a question
     valid: bool = False  # of a statement: its value answers questions at the end
+    told: bool = False  # of a statement: its value was told before, and counts like an answer
 
 
 class Page:
@@ -122,12 +123,19 @@ class Page:
         self.pieces: list[Piece] = []
         self.used = 0
 
-    def say(self, target: float, text: str, value: str, *, valid: bool = True) -> int:
-        """Add a statement; return its index, the source of questions."""
+    def say(
+        self, target: float, text: str, value: str, *, valid: bool = True, told: bool = False
+    ) -> int:
+        """Add a statement; return its index, the source of questions.
+
+        Args:
+            valid: no later statement says something else.
+            told: the value follows from earlier statements.
+        """
         lead = "\n" if self.draw.random() < LINE_SHARE else " "
         ids = statement_ids(self.tokenizer, text, lead)
         where = _find(ids, self.tokenizer.encode(f" {value}"))
-        return self._add(Piece(target, ids, where, None, None, valid))
+        return self._add(Piece(target, ids, where, None, None, valid, told))
 
     def ask(
         self, target: float, question: str, answer: str | None, source: int | None, kind: str
@@ -180,6 +188,8 @@ class Page:
                 # An answer stops where the value ended: that token is read like the value's own.
                 ended = slice(value.start, value.stop + 1)
                 fact[ended], said[ended] = piece.valid, True
+                if piece.told:
+                    weight[value] = config.answer_weight
                 continue
             weight[value] = config.answer_weight
             age = -1

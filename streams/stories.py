@@ -24,6 +24,7 @@ class Event(NamedTuple):
     text: str
     named: str  # the place that somebody went to, or the thing that was taken or left
     known: dict[str, tuple[str, int]]  # after it: question -> place, number of the event that tells
+    place: str | None = None  # where it happens, if that was told and the text does not say it
 
 
 def write_story(page: Page, words: Words) -> None:

@@ -141,7 +141,7 @@ def test_pages_hold_whole_stories_and_their_answers(write):
 
 @pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa5"])
 def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same(task, monkeypatch):
-    lengths, early, tokenizer = [], 0, open_tokenizer(TrainConfig())
+    lengths, early, spelt, tokenizer = [], 0, 0, open_tokenizer(TrainConfig())
 
     def recorded(*args):
         lengths.append(len(events := make_babi(*args)))
@@ -158,7 +158,8 @@ def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same
             if piece.kind is None:
                 if not left:
                     left, told, asked = lengths.pop(0), [], set()
-                told.append(text)
+                told.append(spelt_out(text, told) if piece.told else text)
+                spelt += piece.told
                 left, source[len(told) - 1] = left - 1, number
                 continue
             question = tokenizer.decode(piece.ids[1 : piece.value.start - 1]).strip()
@@ -167,7 +168,26 @@ def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same
             assert (question, piece.source) not in asked and piece.source in source.values()
             asked.add((question, piece.source))
             early += left > 0
-    assert early > 20
+    assert early > 20 and (spelt > 20) == (task != "qa1")
+
+
+def spelt_out(text, told):
+    """The published form of a sentence that says where something was taken or left."""
+    sentence, place = re.fullmatch(r"(.*) in the (\w+)\.", text).groups()
+    assert place == read(told)[0][sentence.split()[0]]
+    return f"{sentence}."
+
+
+def test_a_place_that_was_told_before_counts_like_an_answer():
+    tokenizer = open_tokenizer(TrainConfig())
+    config = RecallConfig(answer_weight=2.0, prompt_weight=0.1)
+    page = Page(tokenizer, random.Random(0), 64, config)
+    page.say(0, "Mary got the milk in the garden.", "garden", told=True)
+    page.say(20, "Mary went to the garden.", "garden")
+    made = page.finish([tokenizer.encode(".")[0]] * 64)
+    (garden,) = tokenizer.encode(" garden")
+    assert made.weight[made.tokens == garden].tolist() == pytest.approx([2.0, 0.1])
+    assert made.fact[made.tokens == garden].all() and not made.answers
 
 
 def test_as_many_rooms_have_two_neighbours_asked_by_direction_as_published():
