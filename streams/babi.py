@@ -120,9 +120,11 @@ def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float
 
 
 def _say_with_place(page: Page, event: Event) -> int:
-    """Say where something is taken or left: it was told before, so it is to be predicted."""
-    text = event.text.removesuffix(".").removesuffix(" there")
-    return page.say(page.used, f"{text} in the {event.place}.", event.place, told=True)
+    """Say behind it where something is taken or left: told before, so it is to be predicted.
+
+    Nothing announces it, so where a thing is has to be known at the end of every such sentence.
+    """
+    return page.say(page.used, f"{event.text} {event.place}.", event.place, told=True)
 
 
 def spread_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float) -> None:

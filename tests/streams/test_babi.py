@@ -172,17 +172,17 @@ def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same
 
 
 def spelt_out(text, told):
-    """The published form of a sentence that says where something was taken or left."""
-    sentence, place = re.fullmatch(r"(.*) in the (\w+)\.", text).groups()
+    """A sentence without the place behind it in which something was taken or left."""
+    sentence, place = re.fullmatch(r"(.*\.) (\w+)\.", text).groups()
     assert place == read(told)[0][sentence.split()[0]]
-    return f"{sentence}."
+    return sentence
 
 
 def test_a_place_that_was_told_before_counts_like_an_answer():
     tokenizer = open_tokenizer(TrainConfig())
     config = RecallConfig(answer_weight=2.0, prompt_weight=0.1)
     page = Page(tokenizer, random.Random(0), 64, config)
-    page.say(0, "Mary got the milk in the garden.", "garden", told=True)
+    page.say(0, "Mary got the milk there. garden.", "garden", told=True)
     page.say(20, "Mary went to the garden.", "garden")
     made = page.finish([tokenizer.encode(".")[0]] * 64)
     (garden,) = tokenizer.encode(" garden")
