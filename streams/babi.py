@@ -100,23 +100,37 @@ def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float
         often = ON_THE_WAY if task not in MOST and draw.random() < INTERRUPTED else 0.0
         spelt = draw.random() < SPELT
         sources: list[int] = []
-        asked: set[tuple[str, int]] = set()  # an answer could be read off an equal one
+        asked: set[tuple[str, int, int]] = set()  # an answer could be read off an equal one
+        handled: dict[str, int] = {}  # thing: sentence in which it was last taken or left
         for event in events:
             sources.append(
                 _say_with_place(page, event)
                 if spelt and event.place
                 else page.say(page.used, event.text, event.named)
             )
+            if event.place:
+                handled[event.named] = sources[-1]
             last = event is events[-1]
-            new = [q for q, (_, told) in sorted(event.known.items()) if (q, told) not in asked]
+            new = [key for key in _keys(event.known, handled) if key not in asked]
             most = draw.randint(1, MOST.get(task, 3)) if last else int(draw.random() < often)
-            for question in draw.sample(new, min(most, len(new))):
-                answer, told = event.known[question]
-                asked.add((question, told))
-                page.ask(page.used, question, answer, sources[told], task)
+            for key in draw.sample(new, min(most, len(new))):
+                asked.add(key)
+                answer, told = event.known[key[0]]
+                page.ask(page.used, key[0], answer, sources[told], task)
         if page.used > page.length:
             page.drop_to(before)
             return
+
+
+def _keys(known: Known, handled: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Questions, each with the sentences that its answer may depend on: it is a new one by these.
+
+    That a thing was left changes no answer at once, but where it is from then on.
+    """
+    return [
+        (question, told, max((n for thing, n in handled.items() if thing in question), default=-1))
+        for question, (_, told) in sorted(known.items())
+    ]
 
 
 def _say_with_place(page: Page, event: Event) -> int:

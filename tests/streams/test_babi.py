@@ -152,12 +152,12 @@ def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same
         lengths.clear()
         page = Page(tokenizer, random.Random(seed), 1024, RecallConfig())
         write_babi(page, [task], load_words("train"), 0.5)
-        left, told, asked, source = 0, [], set(), {}
+        left, told, asked, source = 0, [], [], {}
         for number, piece in enumerate(page.pieces):
             text = tokenizer.decode(piece.ids).strip()
             if piece.kind is None:
                 if not left:
-                    left, told, asked = lengths.pop(0), [], set()
+                    left, told, asked = lengths.pop(0), [], []
                 told.append(spelt_out(text, told) if piece.told else text)
                 spelt += piece.told
                 left, source[len(told) - 1] = left - 1, number
@@ -165,10 +165,18 @@ def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same
             question = tokenizer.decode(piece.ids[1 : piece.value.start - 1]).strip()
             said = tokenizer.decode(piece.ids[piece.value.start : -1]).strip()
             assert said == answer(told, question)
-            assert (question, piece.source) not in asked and piece.source in source.values()
-            asked.add((question, piece.source))
+            assert piece.source in source.values()
+            mine = [n for n, line in enumerate(told) if any(t in question for t in thing(line))]
+            assert (question, piece.source, mine[-1:]) not in asked
+            asked.append((question, piece.source, mine[-1:]))
             early += left > 0
     assert early > 20 and (spelt > 20) == (task != "qa1")
+
+
+def thing(line):
+    """What a sentence says was taken or left."""
+    match = re.fullmatch(GET, line) or re.fullmatch(DROP, line)
+    return [match[2]] if match else []
 
 
 def spelt_out(text, told):
