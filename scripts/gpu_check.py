@@ -115,6 +115,43 @@ def delta_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
     )  # fmt: skip
 
 
+def mlp_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    """All chunks of a call, every token written; the weights are float32 in every dtype."""
+    from wakesleep.kernels.memory_chunk import MLPMemory
+    from wakesleep.kernels.mlp_scan_triton import mlp_scan_triton
+    from wakesleep.ttl.memory_scan import Chunks, scan
+
+    B, H, C, _, _, K, N = size
+    X, h = B * H, 2 * K
+    base = torch.randn(X, K, h).to(device), torch.randn(X, h, K).to(device) / h
+    gamma, bias = torch.rand(X, 1, K).to(device) + 0.5, torch.randn(X, 1, K).to(device) * 0.1
+    stacks = tuple(0.01 * torch.cat([w, w.flip(0)], 1) for w in base)
+    q, k = (F.normalize(torch.randn(N, X, C, K), dim=-1).to(device, dtype) for _ in range(2))
+    v = torch.randn(N, X, C, K).to(device, dtype)
+    keep, eta, step = (torch.rand(N, X, C).to(device) ** power for power in (0.05, 1.0, 1.0))
+    live = torch.ones(N, B, C, dtype=torch.bool, device=device)
+    closed = live[:, :, 0]
+
+    def plain(convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        slow = tuple(map(convert, base)), convert(gamma), convert(bias)
+        chunks = Chunks(*map(convert, (q, k, v, keep, eta, step)), live, closed)
+        memory = MLPMemory(C, 0.1, K**0.5, *slow)
+        run = scan(memory, tuple(map(convert, stacks)), chunks, gamma.new_zeros(B, 2))
+        return run.y, *run.stacks, run.surprise
+
+    def kernel() -> tuple[Tensor, ...]:
+        memory = MLPMemory(C, 0.1, K**0.5, base, gamma, bias)
+        of = (q, k, v, keep, eta, step, live, closed)
+        y, end, surprise = mlp_scan_triton(memory, stacks, *of)
+        return y, *end, surprise
+
+    return Case(
+        "mlp_scan", size, dtype, kernel, lambda: plain(Tensor.float), plain(Tensor.double),
+        sum(x.nbytes for x in (q, k, v, q, keep, eta, step, keep, *base, *stacks, *stacks)),
+        X * N * 2 * (h * (13 * C * K + 3 * C * C + K * K) + C * C * (3 * K + C)),
+    )  # fmt: skip
+
+
 def largest_error(case: Case) -> float:
     """Of all results, in units of the tolerance: above 1 is wrong."""
     errors = []
@@ -132,7 +169,7 @@ def model_difference(device: str, tiny: bool) -> float:
 
     sizes = {"head_dim": 16, "window": 16, "chunk": 8} if tiny else {}
     store = StoreConfig(capacity=24 if tiny else 512)
-    config = ModelConfig(dim=64, num_layers=2, num_heads=2, mlp_dim=64, memory_layers=(),
+    config = ModelConfig(dim=64, num_layers=2, num_heads=2, mlp_dim=64, memory_layers=(0,),
                          store_layers=(0,), fast_layers=(1,), fast=FastConfig(write="always"),
                          store=store, **sizes)  # fmt: skip
     model = TTLModel(config).to(device)
@@ -185,8 +222,8 @@ def row(case: Case, error: float, peaks: Peaks | None) -> str:
     if peaks is None or error > 1:
         return "| " + " | ".join([*cells, "-", "-", "-"]) + " |"
     taken, plain = seconds(case.kernel), seconds(case.plain)
-    # the delta rule multiplies in float32 whatever its tokens are
-    rate = peaks.rates[torch.float32 if case.name == "delta_rule" else case.dtype]
+    # memories multiply in float32 whatever their tokens are
+    rate = peaks.rates[case.dtype if case.name == "softmax_read" else torch.float32]
     least = max(case.num_bytes / peaks.bandwidth, case.flops / rate)
     cells += [f"{taken * 1e6:.0f}", f"{plain / taken:.2f}", f"{least / taken:.0%}"]
     return "| " + " | ".join(cells) + " |"
@@ -207,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     device = "cpu" if tiny else "cuda"
     dtypes = [torch.float32, torch.float16 if tiny else torch.bfloat16]
     torch.manual_seed(0)
-    makers = (softmax_case, delta_case)
+    makers = (softmax_case, delta_case, mlp_case)
     cases = (make(size, t, device) for make in makers for size in SIZES[tiny] for t in dtypes)
     peaks = None if tiny else measure_peaks(dtypes)
     if peaks is None:

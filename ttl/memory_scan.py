@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from wakesleep.kernels.delta_rule import DeltaMemory
-from wakesleep.kernels.dispatch import delta_rule_form
+from wakesleep.kernels.dispatch import delta_rule_form, mlp_scan_form
 from wakesleep.kernels.memory_chunk import (
     MatrixMemory,
     MLPMemory,
@@ -79,6 +79,10 @@ def scan(
         tokens = [t for t in (chunks.q, chunks.k, chunks.v) if t is not None]
         if delta_rule_form(stacks[0], *tokens, gated=threshold > 0) == "triton":
             return _scan_delta(stacks, chunks, mean)
+    if isinstance(memory, MLPMemory):
+        tokens = [t for t in (chunks.k, chunks.v, chunks.q) if t is not None]
+        if mlp_scan_form(stacks[0], *tokens, gated=threshold > 0) == "triton":
+            return _scan_mlp(memory, stacks, chunks, mean)
     N = chunks.k.shape[0]
     plans = [None] * N if threshold > 0 else _apart(_plan_all(memory, chunks))
     step = recomputed_of_tensors(_step) if recompute else _step
@@ -103,6 +107,16 @@ def _scan_delta(stacks: Stacks, chunks: Chunks, mean: Tensor) -> Scan:
     of = (c.q, c.k, c.v, c.keep, c.step, c.live, c.closed)
     y, end, surprise = delta_rule_triton(stacks[0], *of)
     return Scan(y, (end,), surprise, c.live, mean)
+
+
+def _scan_mlp(memory: MLPMemory, stacks: Stacks, chunks: Chunks, mean: Tensor) -> Scan:
+    """All chunks of an MLP at once, every live token written."""
+    from wakesleep.kernels.mlp_scan_triton import mlp_scan_triton
+
+    c = chunks
+    of = (c.q, c.k, c.v, c.keep, c.eta, c.step, c.live, c.closed)
+    y, stacks, surprise = mlp_scan_triton(memory, stacks, *of)
+    return Scan(y, stacks, surprise, c.live, mean)
 
 
 def _apart(parts: Part) -> list[Part]:

@@ -24,7 +24,11 @@ def test_interpreted_every_kernel_is_equal_and_no_speed_is_told():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no speed was measured" in done.stdout and "all equal" in done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][1:]
-    assert {line.split(" | ")[0] for line in rows} == {"| softmax_read", "| delta_rule"}
+    assert {line.split(" | ")[0] for line in rows} == {
+        "| softmax_read",
+        "| delta_rule",
+        "| mlp_scan",
+    }
     assert all(line.endswith("| - | - | - |") for line in rows)
 
 
