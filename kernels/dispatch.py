@@ -7,7 +7,7 @@
 
 The rules look at devices, dtypes, shapes and at what is asked for; no exception decides. Where a
 kernel would be used but cannot be, the reason is logged once. What a kernel does not compute at all
-(gradients, probabilities) is not an error in any setting: PyTorch's form does it, and that is said.
+(most gradients, probabilities) is no error in any setting: PyTorch's form does it, and says so.
 
 This file imports no Triton: it is the file of the kernel that does, once it has been chosen.
 """
@@ -85,7 +85,9 @@ def mlp_scan_form(stack: Tensor, *tokens: Tensor, gated: bool) -> Form:
             any) [N, X, C, K].
         gated: which tokens are written depends on the memory.
     """
-    lacks = "which tokens are written depends on their surprise" if gated else _lacks_gradient()
+    lacks = "which tokens are written depends on their surprise" if gated else None
+    if torch.is_grad_enabled() and torch.compiler.is_compiling():
+        lacks = "gradients of a compiled model are PyTorch's"
     C, K = tokens[0].shape[-2:]
     obstacle = _dtype_obstacle(*tokens) or _width_obstacle(K, 64)
     if stack.dtype != torch.float32:

@@ -205,22 +205,30 @@ def _advance_second(
         tl.store(at + K * WIDTH, S)
 
 
+@triton.jit
+def _copy(to, source, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(to + at, tl.load(source + at))
+
+
 @triton.jit(do_not_specialize=["N", "X", "H", "R"])
 def mlp_scan_kernel(
-    y, norms, first, second, scratch, shares, overlap, mixes, nears,
+    y, norms, first, second, starts_first, starts_second, scratch, shares, overlap, mixes, nears,
     base_first, base_second, gamma, bias, q, k, v, live, closed,
     y_chunk, y_head, q_chunk, q_head, k_chunk, k_head, v_chunk, v_head, N, X, H, C, R,
     K: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, PART: tl.constexpr, MOMENTUM: tl.constexpr, READS: tl.constexpr,
-    MAX_STEP: tl.constexpr, LIMIT: tl.constexpr, SPREAD: tl.constexpr,
+    KEEPS: tl.constexpr, MAX_STEP: tl.constexpr, LIMIT: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """All chunks of one head; the stacks are overwritten by those behind the last closed chunk."""
+    SIZE: tl.constexpr = K * WIDTH * (1 + MOMENTUM)  # of a stack
     x = tl.program_id(0).to(tl.int64)
     token, column, row = tl.arange(0, TILE), tl.arange(0, K), tl.arange(0, ROWS)
     base_first += x * (K * WIDTH)
     base_second += x * (K * WIDTH)
-    first += x * (K * WIDTH * (1 + MOMENTUM))
-    second += x * (K * WIDTH * (1 + MOMENTUM))
+    first += x * SIZE
+    second += x * SIZE
     z = scratch + x * (TILE * (WIDTH + K + SLICE))
     g = z + TILE * WIDTH
     f = g + TILE * K
@@ -229,6 +237,9 @@ def mlp_scan_kernel(
         at = n * X + x
         from_k, from_q = k + n * k_chunk + x * k_head, q + n * q_chunk + x * q_head
         share, near = shares + at * (SHARES * TILE), nears + at * (ROWS * TILE)
+        if KEEPS:
+            _copy(starts_first + at * SIZE, first, SIZE, K * SLICE)
+            _copy(starts_second + at * SIZE, second, SIZE, K * SLICE)
         before, alike, square = _features(
             z, from_k, first, second, base_first, base_second, C, K, WIDTH, SLICE, TILE, PART
         )
@@ -293,6 +304,7 @@ def mlp_scan_triton(
     live: Tensor,
     closed: Tensor,
     out: tuple[Tensor | None, Stacks] | None = None,
+    starts: Stacks | None = None,
 ) -> tuple[Tensor | None, Stacks, Tensor]:
     """Read and write all chunks; a chunk that is not closed leaves its lane's stacks alone.
 
@@ -304,6 +316,7 @@ def mlp_scan_triton(
         keep, eta, step: [N, X, C] in [0, 1]; eta None = no momentum.
         live: [N, B, C] bool, written; closed: [N, B] bool.
         out: the first two of what is returned, to be overwritten; made if None.
+        starts: places [N, ...] for the stacks at the start of each chunk.
 
     Returns:
         y [N, X, R, K] or None, the stacks, surprise [N, X, C] = step |error at the chunk's start|,
@@ -322,13 +335,16 @@ def mlp_scan_triton(
         if place.shape != stack.shape or not place.is_contiguous():
             raise ValueError(f"out[1] must have {list(stack.shape)} in one piece")
         place.copy_(stack)
+    for place, stack in zip(starts or (), stacks, strict=False):
+        if place.shape != (len(k), *stack.shape) or not place.is_contiguous():
+            raise ValueError(f"starts must have {[len(k), *stack.shape]} in one piece")
     if k.numel() == 0:
         return y, end, torch.zeros_like(keep, dtype=torch.float32)
     q, k, v = (x if x is None or _whole(x) else x.contiguous() for x in (q, k, v))
     gates = (x if x is None else x.contiguous() for x in (keep, eta, step, live, closed))
     norms = torch.empty_like(keep, dtype=torch.float32, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(k):
-        for kernel, grid, args, options in launches(y, norms, end, memory, q, k, v, *gates):
+        for kernel, grid, args, options in launches(y, norms, end, starts, memory, q, k, v, *gates):
             kernel[grid](*args, **options)
     written = live.repeat_interleave(k.shape[1] // live.shape[1], 1)
     return y, end, norms * step * written
@@ -338,6 +354,7 @@ def launches(
     y: Tensor | None,
     norms: Tensor,
     end: Stacks,
+    starts: Stacks | None,
     memory: MLPMemory,
     q: Tensor | None,
     k: Tensor,
@@ -374,8 +391,26 @@ def launches(
     options |= {"num_warps": 4, "num_stages": 1}
     gates = (keep, keep if eta is None else eta, step, live)
     first = (*planned, query, k, *gates, *strides[2:6], *sizes)
-    then = (answer, norms, *end, scratch, *planned, *slow, query, k, v, live, closed)
-    numbers = {"WIDTH": h, "SLICE": columns, "MAX_STEP": float(memory.max_step)}
+    then = (
+        answer,
+        norms,
+        *end,
+        *(starts or end),
+        scratch,
+        *planned,
+        *slow,
+        query,
+        k,
+        v,
+        live,
+        closed,
+    )
+    numbers = {
+        "WIDTH": h,
+        "SLICE": columns,
+        "KEEPS": starts is not None,
+        "MAX_STEP": float(memory.max_step),
+    }
     numbers["LIMIT"] = min(float(memory.limit), torch.finfo(torch.float32).max)
     numbers["SPREAD"] = 1 + math.log(memory.chunk)
     return [

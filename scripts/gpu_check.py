@@ -4,8 +4,8 @@
     python scripts/gpu_check.py --interpret    # tiny sizes in Triton's interpreter, on a CPU
 
 Every kernel must first equal the PyTorch form in float64, or it is not timed; the model must give
-the same with and without kernels at position 10M. Kernels have no backward pass yet, so there are
-no gradients to be compared.
+the same with and without kernels at position 10M. Gradients through the MLP memory are compared
+with those of PyTorch in float64; they are not timed.
 
 What a kernel moves and multiplies at least, its bytes over the bandwidth and its FLOPs over the
 rate of the tensor cores, whichever takes longer, is the roofline; both rates are measured first, on
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+GRADIENT_TOLERANCE = 1e-3  # of the largest gradient of the same tensor, in float32
 MODEL_TOLERANCE = 2e-3  # of float32 logits, which are below 10
 FAR = 10_000_000  # tokens read before the model is compared
 SIZES = {  # lanes, heads, chunk, window, places, head width, chunks of a call
@@ -115,41 +116,68 @@ def delta_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
     )  # fmt: skip
 
 
-def mlp_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
-    """All chunks of a call, every token written; the weights are float32 in every dtype."""
-    from wakesleep.kernels.memory_chunk import MLPMemory
-    from wakesleep.kernels.mlp_scan_triton import mlp_scan_triton
-    from wakesleep.ttl.memory_scan import Chunks, scan
-
+def mlp_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Base, gamma, bias and stacks, tokens of `dtype`, gates; what a gradient reaches."""
     B, H, C, _, _, K, N = size
     X, h = B * H, 2 * K
-    base = torch.randn(X, K, h).to(device), torch.randn(X, h, K).to(device) / h
-    gamma, bias = torch.rand(X, 1, K).to(device) + 0.5, torch.randn(X, 1, K).to(device) * 0.1
-    stacks = tuple(0.01 * torch.cat([w, w.flip(0)], 1) for w in base)
-    q, k = (F.normalize(torch.randn(N, X, C, K), dim=-1).to(device, dtype) for _ in range(2))
-    v = torch.randn(N, X, C, K).to(device, dtype)
-    keep, eta, step = (torch.rand(N, X, C).to(device) ** power for power in (0.05, 1.0, 1.0))
-    live = torch.ones(N, B, C, dtype=torch.bool, device=device)
-    closed = live[:, :, 0]
+    base = [torch.randn(X, K, h), torch.randn(X, h, K) / h]
+    slow = [torch.rand(X, 1, K) + 0.5, torch.randn(X, 1, K) * 0.1]
+    stacks = [0.01 * torch.cat([w, w.flip(0)], 1) for w in base]
+    q, k = (F.normalize(torch.randn(N, X, C, K), dim=-1).to(dtype) for _ in range(2))
+    gates = [torch.rand(N, X, C) ** power for power in (0.05, 1.0, 1.0)]
+    inputs = [*base, *slow, *stacks, q, k, torch.randn(N, X, C, K).to(dtype), *gates]
+    return [x.to(device) for x in inputs]
 
-    def plain(convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        slow = tuple(map(convert, base)), convert(gamma), convert(bias)
-        chunks = Chunks(*map(convert, (q, k, v, keep, eta, step)), live, closed)
-        memory = MLPMemory(C, 0.1, K**0.5, *slow)
-        run = scan(memory, tuple(map(convert, stacks)), chunks, gamma.new_zeros(B, 2))
-        return run.y, *run.stacks, run.surprise
 
-    def kernel() -> tuple[Tensor, ...]:
-        memory = MLPMemory(C, 0.1, K**0.5, base, gamma, bias)
-        of = (q, k, v, keep, eta, step, live, closed)
-        y, end, surprise = mlp_scan_triton(memory, stacks, *of)
-        return y, *end, surprise
+def run_mlp(inputs: list[Tensor], lanes: int, kernel: bool) -> tuple[Tensor, ...]:
+    """y, stacks and surprise, every token written."""
+    from wakesleep.kernels.memory_chunk import MLPMemory
+    from wakesleep.kernels.mlp_scan import mlp_scan
+    from wakesleep.ttl.memory_scan import Chunks, scan
 
+    N, _, C, K = inputs[7].shape
+    memory = MLPMemory(C, 0.1, K**0.5, tuple(inputs[:2]), *inputs[2:4])
+    live = torch.ones(N, lanes, C, dtype=torch.bool, device=inputs[0].device)
+    stacks, chunks = tuple(inputs[4:6]), Chunks(*inputs[6:], live, live[:, :, 0])
+    if kernel:
+        y, stacks, surprise = mlp_scan(memory, stacks, *chunks)
+        return y, *stacks, surprise
+    run = scan(memory, stacks, chunks, inputs[0].new_zeros(lanes, 2))
+    return run.y, *run.stacks, run.surprise
+
+
+def mlp_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    """All chunks of a call; the weights are float32 in every dtype."""
+    B, H, C, _, _, K, N = size
+    h, inputs = 2 * K, mlp_inputs(size, dtype, device)
+    single, double = [x.float() for x in inputs], [x.double() for x in inputs]
+    kept = [*inputs, *inputs[4:6], inputs[6], inputs[9]]  # stacks, y and surprise are written
     return Case(
-        "mlp_scan", size, dtype, kernel, lambda: plain(Tensor.float), plain(Tensor.double),
-        sum(x.nbytes for x in (q, k, v, q, keep, eta, step, keep, *base, *stacks, *stacks)),
-        X * N * 2 * (h * (13 * C * K + 3 * C * C + K * K) + C * C * (3 * K + C)),
+        "mlp_scan", size, dtype,
+        lambda: run_mlp(inputs, B, kernel=True),
+        lambda: run_mlp(single, B, kernel=False),
+        run_mlp(double, B, kernel=False),
+        sum(x.nbytes for x in kept),
+        B * H * N * 2 * (h * (13 * C * K + 3 * C * C + K * K) + C * C * (3 * K + C)),
     )  # fmt: skip
+
+
+@torch.enable_grad()
+def gradient_error(size: tuple[int, ...], device: str) -> float:
+    """Of an MLP memory's gradients, in units of the tolerance, each relative to its largest."""
+    inputs = mlp_inputs(size, torch.float32, device)
+    errors = []
+    found, exact = (
+        torch.autograd.grad([y.square().sum() for y in run_mlp(x, size[0], kernel)[:3]], x)
+        for x, kernel in (
+            ([x.requires_grad_() for x in inputs], True),
+            ([x.detach().double().requires_grad_() for x in inputs], False),
+        )
+    )
+    for x, y in zip(found, exact, strict=True):
+        bound = GRADIENT_TOLERANCE * float(y.abs().max())
+        errors.append(float(((x - y).abs() / bound).nan_to_num(1e9).max()))
+    return max(errors)
 
 
 def largest_error(case: Case) -> float:
@@ -266,7 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"\nmodel at position {FAR:,}: logits with and without kernels differ by {difference:.1e}"
     )
-    print("gradients: no kernel has a backward pass yet")
+    error = max(gradient_error(size, device) for size in SIZES[tiny])
+    right &= error <= 1
+    print(f"gradients through mlp_scan: error / tolerance {error:.2f}; no other kernel has any")
     print("all equal" if right else "WRONG: see above")
     return 0 if right else 1
 

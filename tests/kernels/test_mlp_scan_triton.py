@@ -30,7 +30,7 @@ def shipped(expansion=2):
         (empty(X, 2 * K, h), empty(X, 2 * h, K)),
     )
     flags = empty(N, B, C, dtype=torch.bool), empty(N, B, dtype=torch.bool)
-    return launches(tokens, gates, stacks, memory, *[tokens] * 3, *[gates] * 3, *flags)
+    return launches(tokens, gates, stacks, None, memory, *[tokens] * 3, *[gates] * 3, *flags)
 
 
 def test_the_interpreted_kernels_equal_the_pytorch_form(interpret):

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wakesleep.kernels import mlp_scan_triton as kernel_module
+from wakesleep.kernels import mlp_scan as scan_module
 from wakesleep.kernels.memory_chunk import MLPMemory
 from wakesleep.kernels.memory_reference import Rule, Tokens, memory_loop
+from wakesleep.kernels.mlp_scan import mlp_scan
 from wakesleep.kernels.mlp_scan_triton import mlp_scan_triton
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.memory_scan import Chunks, scan
@@ -226,6 +227,50 @@ def test_misuse_is_refused():
             mlp_scan_triton(*good, out=out)
 
 
+def leaves_of(inputs, dtype):
+    """Copies of the arguments, and those of them that a gradient reaches."""
+    tensors = []
+
+    def leaf(x):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            tensors.append(x.detach().to(dtype).requires_grad_())
+            return tensors[-1]
+        return tuple(map(leaf, x)) if isinstance(x, tuple) else x
+
+    memory = inputs[0]
+    copies = [MLPMemory(*memory[:3], *map(leaf, memory[3:])), *map(leaf, inputs[1:])]
+    return copies, tensors
+
+
+def gradients(inputs, dtype, wanted, run):
+    """Of a weighed sum of y and both stacks, as far as `wanted`."""
+    copies, leaves = leaves_of(inputs, dtype)
+    y, end, _ = run(*copies)
+    draw = torch.Generator().manual_seed(1)
+    probes = [torch.randn(r.shape, generator=draw).to(dtype) for r in (y, *end)]
+    sums = [(r * w).sum() for r, w in zip((y, *end), probes, strict=True)]
+    found = torch.autograd.grad(sum(sums[i] for i in wanted), leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
+
+
+def by_autograd(memory, stacks, *inputs):
+    run = scan(memory, stacks, Chunks(*inputs), torch.zeros(inputs[6].shape[1], 2))
+    return run.y, run.stacks, None
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2,)], ids=str)
+@pytest.mark.parametrize("size", [SMALL, (3, 2, 1, 17, 3, 16, 48, False, 3.0)], ids=str)
+def test_gradients_equal_those_of_autograd(size, wanted, monkeypatch):
+    inputs = make(size)
+    monkeypatch.setenv("WAKESLEEP_KERNELS", "torch")
+    expected = gradients(inputs, torch.float64, wanted, by_autograd)
+    found = gradients(inputs, torch.float32, wanted, mlp_scan)
+    for x, y in zip(found, expected, strict=True):
+        atol = 1e-4 * float(y.abs().max())
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=atol)
+    assert wanted != (0, 1, 2) or all(bool(y.any()) for y in expected)
+
+
 MODELS = {
     "momentum": {"memory": MemoryConfig()},
     "plain": {"memory": MemoryConfig(momentum=False, expansion=3, huber=0.5)},
@@ -234,18 +279,24 @@ MODELS = {
 }
 
 
+def counted_model(parts, monkeypatch):
+    """A model with one memory, and the calls of the kernel."""
+    sizes = {"vocab_size": 31, "dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 16}
+    sizes |= {"mlp_dim": 16, "window": 8, "chunk": 4, "store_layers": (), "memory_layers": (0,)}
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return mlp_scan_triton(*args, **options)
+
+    monkeypatch.setattr(scan_module, "mlp_scan_triton", counted)
+    return TTLModel(ModelConfig(**{**sizes, **MODELS[parts]})), calls
+
+
 @pytest.mark.parametrize("parts", MODELS)
 @torch.no_grad()
 def test_the_model_reads_and_writes_the_same_with_ragged_lanes(parts, monkeypatch):
-    sizes = {"vocab_size": 31, "dim": 16, "num_layers": 1, "num_heads": 2, "head_dim": 16}
-    sizes |= {"mlp_dim": 16, "window": 8, "chunk": 4, "store_layers": (), "memory_layers": (0,)}
-    model, calls = TTLModel(ModelConfig(**{**sizes, **MODELS[parts]})), []
-
-    def counted(*args):
-        calls.append(args)
-        return mlp_scan_triton(*args)
-
-    monkeypatch.setattr(kernel_module, "mlp_scan_triton", counted)
+    model, calls = counted_model(parts, monkeypatch)
 
     def stream(setting):
         monkeypatch.setenv("WAKESLEEP_KERNELS", setting)
@@ -263,3 +314,22 @@ def test_the_model_reads_and_writes_the_same_with_ragged_lanes(parts, monkeypatc
     assert bool(calls) == (parts != "gated")  # a surprise gate is PyTorch's
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_model_learns_the_same(recompute, monkeypatch):
+    model, calls = counted_model("momentum", monkeypatch)
+    tokens = torch.randint(31, (2, 10))
+
+    def learn(setting):
+        monkeypatch.setenv("WAKESLEEP_KERNELS", setting)
+        model.zero_grad()
+        logits, _, _ = model(tokens, model.init_state(2), recompute=recompute)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        return [p.grad for p in model.parameters()]
+
+    expected = learn("torch")
+    assert not calls
+    for x, y in zip(learn("triton"), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * float(y.abs().max()))
+    assert calls
