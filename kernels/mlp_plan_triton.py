@@ -10,10 +10,21 @@ Source: Behrouz et al., "Titans", arXiv 2501.00663, section 3.2.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from wakesleep.kernels.parts_triton import add_dot, gate_products, log_gates, picked, token_products
+from wakesleep.kernels.parts_triton import (
+    SMALLEST,
+    add_dot,
+    gate_products,
+    log_gates,
+    picked,
+    token_products,
+)
+
+PART = 32  # terms of a product that are in registers at a time
 
 SHARES = tl.constexpr(6)  # rows of `shares`
 
@@ -75,3 +86,27 @@ def mlp_plan_kernel(
         square = at * (ROWS * TILE) + slot[:, None] * TILE + token[None, :]
         tl.store(mixes + square, mix)
         tl.store(nears + square, near * mix)
+
+
+def plan_launch(
+    q: Tensor | None, k: Tensor, keep: Tensor, eta: Tensor | None, step: Tensor, live: Tensor
+) -> tuple[list[Tensor], tuple]:
+    """Places for shares, overlap, mix and near; the kernel, grid, arguments and options for them.
+
+    Args:
+        q: [N, X, R, K] or None = nobody reads; k: [N, X, C, K]; every chunk in one piece.
+        keep, eta, step: [N, X, C]; eta None = no momentum; live: [N, B, C] bool; in one piece.
+    """
+    N, X, C, K = k.shape
+    R = C if q is None else q.shape[2]
+    tile, rows = (max(SMALLEST.value, triton.next_power_of_2(n)) for n in (C, R))
+    heights = [SHARES.value, tile] if q is None else [SHARES.value, tile, rows, rows]
+    places = [k.new_empty(N, X, height, tile, dtype=torch.float32) for height in heights]
+    places += places[1:] * (4 - len(places))  # what nobody reads is not written
+    query = k if q is None else q
+    strides = [s for x in (query, k) for s in x.stride()[:2]]
+    gates = (keep, keep if eta is None else eta, step, live)
+    args = (*places, query, k, *gates, *strides, X, X // live.shape[1], C, R)
+    options = {"K": K, "TILE": tile, "ROWS": rows, "PART": min(K, tile, PART)}
+    options |= {"MOMENTUM": eta is not None, "READS": q is not None}
+    return places, (mlp_plan_kernel, (N * X,), args, options | {"num_warps": 4, "num_stages": 1})

@@ -1,22 +1,23 @@
 """An MLP memory over all chunks of a call, as a Triton kernel, with its gradient.
 
 Of the forward pass the stacks at the start of each chunk are kept. The backward pass goes through
-the chunks from the last to the first and computes each of them again (`mlp_chunk_backward`); what
-only gates and keys decide is planned again for all at once, and differentiated by autograd.
+the chunks from the last to the first and computes each of them again (`mlp_backward_triton`); what
+gates decide is planned again for all at once, and differentiated by autograd.
 
 Shapes: N chunks, X = lanes * heads, B lanes, C chunk, R tokens that read, K head width.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from wakesleep.kernels.memory_chunk import MLPMemory, Plan, Stacks, plan_chunks
-from wakesleep.kernels.mlp_chunk import mlp_chunk_backward
+from wakesleep.kernels.memory_chunk import MLPMemory, Stacks, plan_chunk, plan_chunks
+from wakesleep.kernels.mlp_backward_triton import TokenGradients, mlp_backward_triton
 from wakesleep.kernels.mlp_scan_triton import mlp_scan_triton
 
 
@@ -71,51 +72,42 @@ def _backward(
     memory: MLPMemory, starts: Stacks, inputs: tuple, dy: Tensor | None, d_after: list
 ) -> list[Tensor | None]:
     """Gradients of base, gamma, bias, stacks and the other arguments of `mlp_scan`."""
-    q, k, v, *gates, live, closed = inputs
-    leaves, plan = _planned(memory, q, k, *gates, live)
-    slow, of_chunks = [0.0] * 4, []
-    heads = k.shape[1] // closed.shape[1]
-    for n in reversed(range(len(k))):
-        lanes = closed[n].repeat_interleave(heads)[:, None, None]
-        grads = mlp_chunk_backward(
-            memory, (starts[0][n], starts[1][n]), None if q is None else q[n], k[n], v[n],
-            Plan(*(p[n].detach() for p in plan)), None if dy is None else dy[n],
-            tuple(None if d is None else d.where(lanes, 0) for d in d_after),
-        )  # fmt: skip
-        slow = [total + d for total, d in zip(slow, grads[:4], strict=True)]
-        d_after = [
-            d if later is None else d + later.where(~lanes, 0)
-            for d, later in zip(grads[4:6], d_after, strict=True)
-        ]
-        of_chunks.append(grads[6:])
-    dq, dk, dv, *d_plan = map(_stacked, zip(*reversed(of_chunks), strict=True))
-    fields, d_plan = zip(*(x for x in zip(plan, d_plan, strict=True) if x[1] is not None),
-                         strict=True)  # fmt: skip
-    d_leaves = iter(torch.autograd.grad(fields, leaves, d_plan))
-    dk = dk + next(d_leaves)
-    d_gates = [None if gate is None else next(d_leaves) for gate in gates]
-    return [*slow, *d_after, dq, dk, dv, *d_gates, None, None]
+    q, k, _, keep, eta, step, live, _ = inputs
+    places = tuple(
+        torch.zeros_like(s[0]) if d is None else d.clone(memory_format=torch.contiguous_format)
+        for s, d in zip(starts, d_after, strict=True)
+    )
+    q = None if dy is None else q
+    found = mlp_backward_triton(memory, starts, places, dy, *inputs)
+    gates = _gates_back(found, q, k, keep, eta, step, live)
+    slow = found.slow.sum(0)[..., None, :].unbind(1)
+    dq, dk, dv = (None if d is None else d.to(k.dtype) for d in found[:3])
+    return [*found.base, *slow, *places, dq, dk, dv, *gates, None, None]
 
 
-def _planned(
-    memory: MLPMemory, q: Tensor | None, k: Tensor, keep: Tensor, eta: Tensor | None,
+def _gates_back(
+    found: TokenGradients, q: Tensor | None, k: Tensor, keep: Tensor, eta: Tensor | None,
     step: Tensor, live: Tensor,
-) -> tuple[list[Tensor], Plan]:  # fmt: skip
-    """Plans of all chunks, and what of k, keep, eta and step they depend on."""
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of keep, eta and step, through plans of all chunks that are made again."""
+    C, levels, shares = k.shape[2], 1 if eta is None else 2, found.shares
     with torch.enable_grad():
-        k, keep, eta, step = (
-            None if t is None else t.detach().requires_grad_() for t in (k, keep, eta, step)
-        )
-        plan = plan_chunks(memory.plan, k, keep, eta, step, live)
+        gates = [None if t is None else t.detach().requires_grad_() for t in (keep, eta, step)]
+        plan = plan_chunks(_plan, k.float(), *gates, live)
+        pairs = [
+            (plan.write, shares[:, :, :levels, :C].mT),
+            (plan.gate, shares[:, :, 2, :C]),
+            (plan.carry[:, :, 0], shares[:, :, 3, :levels]),
+        ]
+        if levels == 2:
+            pairs.append((plan.carry[:, :, 1, 1], shares[:, :, 3, 2]))
         if q is not None:
-            first = k.shape[2] - q.shape[2]
-            plan = plan._replace(read=plan.read[:, :, first:], mix=plan.mix[:, :, first:])
-    return [t for t in (k, keep, eta, step) if t is not None], plan
+            R = q.shape[2]
+            pairs.append((plan.read[:, :, C - R :], shares[:, :, 4 : 4 + levels, :R].mT))
+            pairs.append((plan.mix[:, :, C - R :], found.mix[:, :, :R, :C]))
+    fields, grads = zip(*pairs, strict=True)
+    leaves = iter(torch.autograd.grad(fields, [t for t in gates if t is not None], grads))
+    return [None if t is None else next(leaves) for t in gates]
 
 
-def _stacked(grads: tuple[Tensor | None, ...]) -> Tensor | None:
-    """Those of all chunks; 0 where a chunk has none, None if no chunk has any."""
-    known = [g for g in grads if g is not None]
-    if not known:
-        return None
-    return torch.stack([torch.zeros_like(known[0]) if g is None else g for g in grads])
+_plan = partial(plan_chunk, products=lambda k, plan: plan.past)  # nothing here asks for products

@@ -36,18 +36,17 @@ from torch import Tensor
 
 from wakesleep.kernels.dispatch import interpreting
 from wakesleep.kernels.memory_chunk import EPS, SLOPE_BOUND, MLPMemory, Stacks
-from wakesleep.kernels.mlp_plan_triton import SHARES, mlp_plan_kernel
+from wakesleep.kernels.mlp_plan_triton import SHARES, plan_launch
 from wakesleep.kernels.parts_triton import SMALLEST, add_dot, tile, tokens
 
 LARGEST = 64  # of chunks and heads: their squares are in registers
 SLICE = 32  # hidden columns that are in registers at a time
-PART = 32  # terms of a product that are in registers at a time
 VARIANCE_FLOOR = tl.constexpr(EPS)
 SLOPE = tl.constexpr(SLOPE_BOUND)
 
 
 @triton.jit
-def _normalised(x, K: tl.constexpr):
+def normalised(x, K: tl.constexpr):
     """LN(x) of rows [TILE, K], without gain, and 1 / the deviation that it divides by [TILE]."""
     centred = x - (tl.sum(x, 1) / K)[:, None]
     scale = 1 / tl.sqrt(tl.sum(centred * centred, 1) / K + VARIANCE_FLOOR)
@@ -55,7 +54,14 @@ def _normalised(x, K: tl.constexpr):
 
 
 @triton.jit
-def _features(
+def through_norm(d, normed, scale, K: tl.constexpr):
+    """J d, for the Jacobian J of a LayerNorm."""
+    along = tl.sum(d * normed, 1) / K
+    return scale[:, None] * (d - (tl.sum(d, 1) / K)[:, None] - normed * along[:, None])
+
+
+@triton.jit
+def features(
     z_out, k, first, second, base_first, base_second, C,
     K: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr,
     PART: tl.constexpr,
@@ -82,23 +88,22 @@ def _features(
 
 
 @triton.jit
-def _outer_step(
+def outer_step(
     error, normed, scale, gain, alike, overlap, square, gate,
     K: tl.constexpr, TILE: tl.constexpr,
     MAX_STEP: tl.constexpr, LIMIT: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """The step on B [TILE, K], and the norms [TILE] of the errors before they are clipped."""
+    """The step on B [TILE, K]; of errors their norms before clipping, and the step bound [TILE]."""
     norm = tl.sqrt(tl.sum(error * error, 1))
     bent = scale * tl.max(tl.abs(gain), 0)
     kernel = alike + overlap * (SLOPE * SLOPE * tl.sqrt(tl.sum(square * square)))
     total = tl.sum(kernel * bent[None, :], 1) * bent
     token = tl.arange(0, TILE)
     own = tl.sum(tl.where(token[:, None] == token[None, :], kernel, 0.0), 1) * bent * bent
-    theta = gate / tl.maximum(tl.maximum(own, 1.0) / MAX_STEP, SPREAD * total)
+    bound = 1 / tl.maximum(tl.maximum(own, 1.0) / MAX_STEP, SPREAD * total)
     clipped = LIMIT / tl.maximum(norm, LIMIT)
-    pull = error * gain[None, :] * (-theta * clipped)[:, None]
-    along = tl.sum(pull * normed, 1) / K
-    return scale[:, None] * (pull - (tl.sum(pull, 1) / K)[:, None] - normed * along[:, None]), norm
+    pull = error * gain[None, :] * (-gate * bound * clipped)[:, None]
+    return through_norm(pull, normed, scale, K), norm, bound
 
 
 @triton.jit
@@ -240,16 +245,16 @@ def mlp_scan_kernel(
         if KEEPS:
             _copy(starts_first + at * SIZE, first, SIZE, K * SLICE)
             _copy(starts_second + at * SIZE, second, SIZE, K * SLICE)
-        before, alike, square = _features(
+        before, alike, square = features(
             z, from_k, first, second, base_first, base_second, C, K, WIDTH, SLICE, TILE, PART
         )
         gain, shift = tl.load(gamma + x * K + column), tl.load(bias + x * K + column)
-        normed, scale = _normalised(before, K)
+        normed, scale = normalised(before, K)
         error = tokens(from_k, token, column, C, K) + shift[None, :] + normed * gain[None, :]
         error -= tokens(v + n * v_chunk + x * v_head, token, column, C, K)
         written = tl.load(live + (at // H) * C + token, mask=token < C, other=0) != 0
         past = (token[:, None] >= token[None, :]) & written[None, :]
-        step, norm = _outer_step(
+        step, norm, _ = outer_step(
             error, normed, scale, gain, tl.where(past, tl.abs(alike), 0.0),
             tile(overlap + at * (TILE * TILE), token, token, TILE), square,
             tl.load(share + 2 * TILE + token), K, TILE, MAX_STEP, LIMIT, SPREAD,
@@ -285,7 +290,7 @@ def mlp_scan_kernel(
                 _advance_second(z, g, second, share, slot, K, WIDTH, TILE, PART, MOMENTUM)
         if READS:
             mixed = like * tile(mixes + at * (ROWS * TILE), row, token, TILE)
-            normed, _ = _normalised(add_dot(u, mixed, tile(g, token, column, K)), K)
+            normed, _ = normalised(add_dot(u, mixed, tile(g, token, column, K)), K)
             answer = tokens(from_q, row, column, R, K) + shift[None, :] + normed * gain[None, :]
             to_y = y + n * y_chunk + x * y_head + row[:, None] * K + column[None, :]
             tl.store(to_y, answer.to(y.dtype.element_ty), mask=(row < R)[:, None])
@@ -329,7 +334,7 @@ def mlp_scan_triton(
     if out is None:
         out = None if q is None else torch.empty_like(q), tuple(map(torch.empty_like, stacks))
     y, end = out
-    if (y is None) != (q is None) or (y is not None and (y.shape != q.shape or not _whole(y))):
+    if (y is None) != (q is None) or (y is not None and (y.shape != q.shape or not whole(y))):
         raise ValueError("out[0] must be as q is, with every chunk in one piece")
     for stack, place in zip(stacks, end, strict=True):
         if place.shape != stack.shape or not place.is_contiguous():
@@ -340,7 +345,7 @@ def mlp_scan_triton(
             raise ValueError(f"starts must have {[len(k), *stack.shape]} in one piece")
     if k.numel() == 0:
         return y, end, torch.zeros_like(keep, dtype=torch.float32)
-    q, k, v = (x if x is None or _whole(x) else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x is None or whole(x) else x.contiguous() for x in (q, k, v))
     gates = (x if x is None else x.contiguous() for x in (keep, eta, step, live, closed))
     norms = torch.empty_like(keep, dtype=torch.float32, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(k):
@@ -368,55 +373,24 @@ def launches(
     """Both kernels with grid, arguments and options; the tensors, on any device, are checked."""
     N, X, C, K = k.shape
     R, h = C if q is None else q.shape[2], end[0].shape[2]
-    padded, rows = (max(SMALLEST.value, triton.next_power_of_2(n)) for n in (C, R))
-    columns = slice_width(h)
-    shares, overlap, scratch = (
-        k.new_empty(shape, dtype=torch.float32)
-        for shape in (
-            (N, X, SHARES.value, padded),
-            (N, X, padded, padded),
-            (X, padded, h + K + columns),
-        )
-    )
-    mixes, nears = (
-        overlap if q is None else k.new_empty(N, X, rows, padded, dtype=torch.float32)
-        for _ in range(2)
-    )
+    planned, first = plan_launch(q, k, keep, eta, step, live)
+    options = first[3] | rule_options(memory) | {"KEEPS": starts is not None}
+    scratch = k.new_empty(X, options["TILE"], h + K + options["SLICE"], dtype=torch.float32)
     answer, query = (k, k) if q is None else (y, q)
     slow = [w.contiguous() for w in (*memory.base, memory.gamma, memory.bias)]
     strides = [s for x in (answer, query, k, v) for s in x.stride()[:2]]
-    planned, sizes = (shares, overlap, mixes, nears), (X, X // live.shape[1], C, R)
-    options = {"K": K, "TILE": padded, "ROWS": rows, "PART": min(K, padded, PART)}
-    options |= {"MOMENTUM": eta is not None, "READS": q is not None}
-    options |= {"num_warps": 4, "num_stages": 1}
-    gates = (keep, keep if eta is None else eta, step, live)
-    first = (*planned, query, k, *gates, *strides[2:6], *sizes)
-    then = (
-        answer,
-        norms,
-        *end,
-        *(starts or end),
-        scratch,
-        *planned,
-        *slow,
-        query,
-        k,
-        v,
-        live,
-        closed,
-    )
-    numbers = {
-        "WIDTH": h,
-        "SLICE": columns,
-        "KEEPS": starts is not None,
-        "MAX_STEP": float(memory.max_step),
-    }
-    numbers["LIMIT"] = min(float(memory.limit), torch.finfo(torch.float32).max)
-    numbers["SPREAD"] = 1 + math.log(memory.chunk)
-    return [
-        (mlp_plan_kernel, (N * X,), first, options),
-        (mlp_scan_kernel, (X,), (*then, *strides, N, *sizes), options | numbers),
-    ]
+    args = (answer, norms, *end, *(starts or end), scratch, *planned, *slow, query, k, v, live,
+            closed, *strides, N, X, X // live.shape[1], C, R)  # fmt: skip
+    return [first, (mlp_scan_kernel, (X,), args, options)]
+
+
+def rule_options(memory: MLPMemory) -> dict[str, int | float]:
+    """Sizes and numbers of a memory that kernels are compiled for."""
+    h = memory.base[0].shape[2]
+    limit = min(float(memory.limit), torch.finfo(torch.float32).max)
+    spread = 1 + math.log(memory.chunk)
+    return {"WIDTH": h, "SLICE": slice_width(h), "MAX_STEP": float(memory.max_step),
+            "LIMIT": limit, "SPREAD": spread}  # fmt: skip
 
 
 def stack_bytes(K: int, h: int, levels: int) -> int:
@@ -429,7 +403,7 @@ def slice_width(h: int) -> int:
     return min(SLICE, h & -h)
 
 
-def _whole(x: Tensor) -> bool:
+def whole(x: Tensor) -> bool:
     """Whether every chunk [C, K] of x [N, X, C, K] lies in one piece."""
     return x.stride()[2:] == (x.shape[3], 1)
 

@@ -4,8 +4,7 @@
     python scripts/gpu_check.py --interpret    # tiny sizes in Triton's interpreter, on a CPU
 
 Every kernel must first equal the PyTorch form in float64, or it is not timed; the model must give
-the same with and without kernels at position 10M. Gradients through the MLP memory are compared
-with those of PyTorch in float64; they are not timed.
+the same with and without kernels at position 10M. So are the gradients that a kernel has.
 
 What a kernel moves and multiplies at least, its bytes over the bandwidth and its FLOPs over the
 rate of the tensor cores, whichever takes longer, is the roofline; both rates are measured first, on
@@ -163,21 +162,30 @@ def mlp_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
 
 
 @torch.enable_grad()
-def gradient_error(size: tuple[int, ...], device: str) -> float:
-    """Of an MLP memory's gradients, in units of the tolerance, each relative to its largest."""
+def mlp_gradients(inputs: list[Tensor], lanes: int, kernel: bool) -> tuple[Tensor, ...]:
+    """Of all inputs, through both passes."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = run_mlp(leaves, lanes, kernel)[:3]
+    return torch.autograd.grad(sum(y.square().sum() for y in results), leaves)
+
+
+def gradient_row(size: tuple[int, ...], device: str, timed: bool) -> tuple[str, bool]:
+    """One line of the table of gradients, and whether they are right."""
     inputs = mlp_inputs(size, torch.float32, device)
-    errors = []
-    found, exact = (
-        torch.autograd.grad([y.square().sum() for y in run_mlp(x, size[0], kernel)[:3]], x)
-        for x, kernel in (
-            ([x.requires_grad_() for x in inputs], True),
-            ([x.detach().double().requires_grad_() for x in inputs], False),
-        )
-    )
-    for x, y in zip(found, exact, strict=True):
+    exact = mlp_gradients([x.double() for x in inputs], size[0], kernel=False)
+    error = 0.0
+    for x, y in zip(mlp_gradients(inputs, size[0], kernel=True), exact, strict=True):
         bound = GRADIENT_TOLERANCE * float(y.abs().max())
-        errors.append(float(((x - y).abs() / bound).nan_to_num(1e9).max()))
-    return max(errors)
+        error = max(error, float(((x - y).abs() / bound).nan_to_num(1e9).max()))
+    cells = ["-", "-"]
+    if timed and error <= 1:
+        taken, plain = (
+            seconds(lambda kernel=kernel: mlp_gradients(inputs, size[0], kernel))
+            for kernel in (True, False)
+        )
+        cells = [f"{taken * 1e6:.0f}", f"{plain / taken:.2f}"]
+    cells = ["mlp_scan", "x".join(map(str, size)), f"{error:.2f}", *cells]
+    return "| " + " | ".join(cells) + " |", error <= 1
 
 
 def largest_error(case: Case) -> float:
@@ -294,9 +302,14 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"\nmodel at position {FAR:,}: logits with and without kernels differ by {difference:.1e}"
     )
-    error = max(gradient_error(size, device) for size in SIZES[tiny])
-    right &= error <= 1
-    print(f"gradients through mlp_scan: error / tolerance {error:.2f}; no other kernel has any")
+    print("\nforward and backward pass, float32; no other kernel has gradients\n")
+    print("| kernel | size | error / tolerance | us | PyTorch / it |")
+    print("|---|---|--:|--:|--:|")
+    for size in SIZES[tiny]:
+        line, fits = gradient_row(size, device, timed=not tiny)
+        right &= fits
+        print(line, flush=True)
+    print()
     print("all equal" if right else "WRONG: see above")
     return 0 if right else 1
 
