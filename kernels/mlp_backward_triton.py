@@ -322,7 +322,8 @@ def backward_launches(
     N, X, C, K = k.shape
     R = C if q is None else q.shape[2]
     places, first = plan_launch(q, k, keep, eta, step, live)
-    options = first[3] | rule_options(memory) | {"PART": SMALLEST.value}
+    options = first[3] | rule_options(memory)
+    options |= {"SLICE": SMALLEST.value, "PART": SMALLEST.value}  # for registers, and short code
     edge, empty = max(options["TILE"], K), partial(k.new_empty, dtype=torch.float32)
     base = tuple(torch.zeros_like(w, memory_format=torch.contiguous_format) for w in memory.base)
     slow, shares, mix = empty(N, X, 2, K), torch.empty_like(places[0]), torch.empty_like(places[2])

@@ -13,8 +13,8 @@ STACK = {  # bytes per thread that are known and accepted, with triton 3.7 and 3
     ("mlp_plan_kernel", 90): 56,
     ("mlp_scan_kernel", 80): 1376,
     ("mlp_scan_kernel", 90): 736,
-    ("mlp_backward_kernel", 80): 2264,
-    ("mlp_backward_kernel", 90): 1224,
+    ("mlp_backward_kernel", 80): 1720,
+    ("mlp_backward_kernel", 90): 1120,
 }
 FIRST_LEVEL = 262_144  # bytes of a multiprocessor of sm_90, shared memory and cache together
 
