@@ -77,18 +77,13 @@ class _MLPChunk(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *d_after: Tensor | None) -> tuple:
         parts = _named(ctx.numbers, ctx.saved_tensors)
         with torch.autocast(parts[2].device.type, enabled=False):  # as the forward pass was
-            return None, *mlp_chunk_backward(*parts, dy, d_after[:2])
+            return None, *_backward(*parts, dy, d_after[:2])
 
 
-def mlp_chunk_backward(
-    memory: MLPMemory, stacks: Stacks, q: Tensor | None, k: Tensor, v: Tensor, plan: Plan,
+def _backward(
+    memory: MLPMemory, stacks: Stacks, q: Tensor, k: Tensor, v: Tensor, plan: Plan,
     dy: Tensor | None, d_after: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of a chunk, computed again, from those of y and of the stacks at its end.
-
-    Returns:
-        Those of A, B, gamma, bias, both stacks, q, k, v and the fields of the plan, in this order.
-    """
     weights = memory.weights(stacks)
     again = _again(memory, weights, k, v, plan)
     grads = _Grads()

@@ -42,6 +42,7 @@ def product(
 
 @triton.jit
 def put(x, row, column, stride, value):
+    """x[row, column] = value."""
     tl.store(x + row[:, None] * stride + column[None, :], value)
 
 

@@ -34,7 +34,8 @@ def mlp_scan(
     closed: Tensor,
 ) -> tuple[Tensor | None, Stacks, Tensor]:
     """As `mlp_scan_triton`; a gradient flows through everything but the surprise."""
-    inputs = (q, k, v, keep, eta, step, live, closed)
+    gates = (None if gate is None else gate.float() for gate in (keep, eta, step))
+    inputs = (q, k, v, *gates, live, closed)
     if not torch.is_grad_enabled():
         return mlp_scan_triton(memory, stacks, *inputs)
     numbers = (memory.chunk, memory.max_step, memory.limit)

@@ -212,6 +212,7 @@ def _advance_second(
 
 @triton.jit
 def _copy(to, source, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """SIZE elements in one piece."""
     for start in range(0, SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)
         tl.store(to + at, tl.load(source + at))
