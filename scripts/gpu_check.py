@@ -131,7 +131,7 @@ def mlp_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str) -> list[T
 def run_mlp(inputs: list[Tensor], lanes: int, kernel: bool) -> tuple[Tensor, ...]:
     """y, stacks and surprise, every token written."""
     from wakesleep.kernels.memory_chunk import MLPMemory
-    from wakesleep.kernels.mlp_scan import mlp_scan
+    from wakesleep.kernels.mlp_autograd_triton import mlp_scan
     from wakesleep.ttl.memory_scan import Chunks, scan
 
     N, _, C, K = inputs[7].shape

@@ -116,7 +116,7 @@ def _scan_delta(stacks: Stacks, chunks: Chunks, mean: Tensor) -> Scan:
 
 def _scan_mlp(memory: MLPMemory, stacks: Stacks, chunks: Chunks, mean: Tensor) -> Scan:
     """All chunks of an MLP at once, every live token written."""
-    from wakesleep.kernels.mlp_scan import mlp_scan
+    from wakesleep.kernels.mlp_autograd_triton import mlp_scan
 
     y, stacks, surprise = mlp_scan(memory, stacks, *chunks)
     return Scan(y, stacks, surprise, chunks.live, mean)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wakesleep.kernels import mlp_scan as scan_module
+from wakesleep.kernels import mlp_autograd_triton as scan_module
 from wakesleep.kernels.memory_chunk import MLPMemory
 from wakesleep.kernels.memory_reference import Rule, Tokens, memory_loop
-from wakesleep.kernels.mlp_scan import mlp_scan
+from wakesleep.kernels.mlp_autograd_triton import mlp_scan
 from wakesleep.kernels.mlp_scan_triton import mlp_scan_triton
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.memory_scan import Chunks, scan
