@@ -31,41 +31,11 @@ import triton.language as tl
 from torch import Tensor
 
 from wakesleep.kernels.dispatch import interpreting
+from wakesleep.kernels.parts_triton import SMALLEST, gate_products, log_gates, token_products
 
-SMALLEST = tl.constexpr(16)  # edge of a tile that tensor cores multiply
 LARGEST = 64  # of chunks and heads: their squares are in registers
 COLUMNS = 16  # of the values, in one program
-LEAST_KEEP = tl.constexpr(torch.finfo(torch.float32).eps ** 2)  # what remains is below rounding
 PRECISION = tl.constexpr("tf32x3")  # float32 on tensor cores, as exact as float32 to rounding
-
-
-@triton.jit
-def _log_keep(keep, live, token, C: tl.constexpr):
-    """Sums of log keep [TILE] up to each token of a chunk, and whether it is written."""
-    written = tl.load(live + token, mask=token < C, other=0) != 0
-    kept = tl.load(keep + token, mask=written, other=1.0).to(tl.float32)
-    return tl.cumsum(tl.log(tl.maximum(kept, LEAST_KEEP)), 0), written
-
-
-@triton.jit
-def _mix(total, token):
-    """Products of keep from one token to another [TILE, TILE]; 0 for later ones."""
-    gap = tl.minimum(total[:, None] - total[None, :], 0.0)  # what is above 0 would overflow
-    return tl.where(token[:, None] >= token[None, :], tl.exp(gap), 0.0)
-
-
-@triton.jit
-def _products(a, b, token, C: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr):
-    """a b^T [TILE, TILE] of rows [C, K]; a few columns at a time, for registers."""
-    column = tl.arange(0, SMALLEST)
-    products = tl.zeros([TILE, TILE], tl.float32)
-    for first in range(0, K, SMALLEST):
-        part = token[:, None] * K + first + column[None, :]
-        x = tl.load(a + part, mask=(token < C)[:, None], other=0.0).to(tl.float32)
-        part = token[None, :] * K + first + column[:, None]
-        z = tl.load(b + part, mask=(token < C)[None, :], other=0.0).to(tl.float32)
-        products = tl.dot(x, z, products, input_precision=PRECISION)
-    return products
 
 
 @triton.jit
@@ -96,13 +66,14 @@ def delta_solve_kernel(
     square = token[:, None] * TILE + token[None, :]
     solve += at * (TILE * TILE)
     k += n * k_chunk + x * k_head
-    total, written = _log_keep(keep + at * C, live + (at // H) * C, token, C)
+    total, written = log_gates(keep + at * C, live + (at // H) * C, token, C)
+    mix = gate_products(total, total, token, token)
     if READS:
         q += n * q_chunk + x * q_head
-        products = _products(q, k, token, C, K, TILE)
-        tl.store(seen + at * (TILE * TILE) + square, products * _mix(total, token))
+        near = token_products(q, k, token, token, C, C, K, SMALLEST)
+        tl.store(seen + at * (TILE * TILE) + square, near * mix)
     gate = tl.load(step + at * C + token, mask=written, other=0.0).to(tl.float32)
-    A = _products(k, k, token, C, K, TILE) * _mix(total, token) * gate[:, None]
+    A = token_products(k, k, token, token, C, C, K, SMALLEST) * mix * gate[:, None]
     T = tl.where(token[:, None] == token[None, :], 1.0, 0.0)
     for level in range(0, LEVELS):  # blocks of 2^level; of A counts what is below them
         block = token >> level
@@ -162,7 +133,7 @@ def delta_scan_kernel(
         from_k, from_v = k + n * k_chunk + x * k_head, v + n * v_chunk + x * v_head
         key = tl.load(from_k + rows, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(from_v + our_rows, mask=inside, other=0.0).to(tl.float32)
-        total, _ = _log_keep(keep + at * C, live + (at // H) * C, token, C)
+        total, _ = log_gates(keep + at * C, live + (at // H) * C, token, C)
         decay = tl.exp(total)
         given = tl.dot(key, S, input_precision=PRECISION)
         error = given - value

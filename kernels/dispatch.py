@@ -7,7 +7,7 @@
 
 The rules look at devices, dtypes, shapes and at what is asked for; no exception decides. Where a
 kernel would be used but cannot be, the reason is logged once. What a kernel does not compute at all
-(gradients, probabilities) is not an error in any setting: PyTorch's form does it, and that is said.
+(most gradients, probabilities) is no error in any setting: PyTorch's form does it, and says so.
 
 This file imports no Triton: it is the file of the kernel that does, once it has been chosen.
 """
@@ -75,6 +75,28 @@ def delta_rule_form(state: Tensor, *tokens: Tensor, gated: bool) -> Form:
     elif tokens[0].shape[-2] > 64:
         obstacle = f"chunks have {tokens[0].shape[-2]} tokens, 64 are supported"
     return _choose("delta_rule", state.device, lacks, obstacle)
+
+
+def mlp_scan_form(stack: Tensor, *tokens: Tensor, gated: bool) -> Form:
+    """The form of an MLP memory over the chunks of a call.
+
+    Args:
+        stack: [X, s * K, h] of its first layer; tokens: keys, values and queries (if there are
+            any) [N, X, C, K].
+        gated: which tokens are written depends on the memory.
+    """
+    lacks = "which tokens are written depends on their surprise" if gated else None
+    if torch.is_grad_enabled() and torch.compiler.is_compiling():
+        lacks = "gradients of a compiled model are PyTorch's"
+    C, K = tokens[0].shape[-2:]
+    obstacle = _dtype_obstacle(*tokens) or _width_obstacle(K, 64)
+    if stack.dtype != torch.float32:
+        obstacle = f"the weights are {stack.dtype}, they must be float32"
+    elif C > 64:
+        obstacle = f"chunks have {C} tokens, 64 are supported"
+    elif stack.shape[-1] % 16:
+        obstacle = f"the hidden width is {stack.shape[-1]}, it must be a multiple of 16"
+    return _choose("mlp_scan", stack.device, lacks, obstacle)
 
 
 def _choose(operation: str, device: torch.device, lacks: str | None, obstacle: str | None) -> Form:

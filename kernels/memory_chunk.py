@@ -95,6 +95,22 @@ def plan_chunk(
     return plan._replace(products=products(k, plan))
 
 
+def plan_chunks(
+    plan: Callable[..., Plan], k: Tensor, keep: Tensor, eta: Tensor | None, step: Tensor,
+    live: Tensor,
+) -> Plan:  # fmt: skip
+    """Plans of all chunks of a call, every live token written; fields [N, X, ...].
+
+    Args:
+        plan: of a memory, for one batch of chunks.
+        k: [N, X, C, K]; keep, eta, step: [N, X, C]; live: [N, B, C] bool.
+    """
+    N, X, _, _ = k.shape
+    written = live.repeat_interleave(X // live.shape[1], 1)
+    flat = [None if t is None else t.flatten(0, 1) for t in (k, keep, eta, step, written)]
+    return Plan(*(t.unflatten(0, (N, X)) for t in plan(*flat)))
+
+
 @torch.no_grad()
 def key_overlaps(k: Tensor, plan: Plan) -> Tensor:
     """|k_i . k_j| where i <= j and token i is written."""

@@ -4,8 +4,7 @@
     python scripts/gpu_check.py --interpret    # tiny sizes in Triton's interpreter, on a CPU
 
 Every kernel must first equal the PyTorch form in float64, or it is not timed; the model must give
-the same with and without kernels at position 10M. Kernels have no backward pass yet, so there are
-no gradients to be compared.
+the same with and without kernels at position 10M. So are the gradients that a kernel has.
 
 What a kernel moves and multiplies at least, its bytes over the bandwidth and its FLOPs over the
 rate of the tensor cores, whichever takes longer, is the roofline; both rates are measured first, on
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+GRADIENT_TOLERANCE = 1e-3  # of the largest gradient of the same tensor, in float32
 MODEL_TOLERANCE = 2e-3  # of float32 logits, which are below 10
 FAR = 10_000_000  # tokens read before the model is compared
 SIZES = {  # lanes, heads, chunk, window, places, head width, chunks of a call
@@ -115,6 +115,79 @@ def delta_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
     )  # fmt: skip
 
 
+def mlp_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Base, gamma, bias and stacks, tokens of `dtype`, gates; what a gradient reaches."""
+    B, H, C, _, _, K, N = size
+    X, h = B * H, 2 * K
+    base = [torch.randn(X, K, h), torch.randn(X, h, K) / h]
+    slow = [torch.rand(X, 1, K) + 0.5, torch.randn(X, 1, K) * 0.1]
+    stacks = [0.01 * torch.cat([w, w.flip(0)], 1) for w in base]
+    q, k = (F.normalize(torch.randn(N, X, C, K), dim=-1).to(dtype) for _ in range(2))
+    gates = [torch.rand(N, X, C) ** power for power in (0.05, 1.0, 1.0)]
+    inputs = [*base, *slow, *stacks, q, k, torch.randn(N, X, C, K).to(dtype), *gates]
+    return [x.to(device) for x in inputs]
+
+
+def run_mlp(inputs: list[Tensor], lanes: int, kernel: bool) -> tuple[Tensor, ...]:
+    """y, stacks and surprise, every token written."""
+    from wakesleep.kernels.memory_chunk import MLPMemory
+    from wakesleep.kernels.mlp_autograd_triton import mlp_scan
+    from wakesleep.ttl.memory_scan import Chunks, scan
+
+    N, _, C, K = inputs[7].shape
+    memory = MLPMemory(C, 0.1, K**0.5, tuple(inputs[:2]), *inputs[2:4])
+    live = torch.ones(N, lanes, C, dtype=torch.bool, device=inputs[0].device)
+    stacks, chunks = tuple(inputs[4:6]), Chunks(*inputs[6:], live, live[:, :, 0])
+    if kernel:
+        y, stacks, surprise = mlp_scan(memory, stacks, *chunks)
+        return y, *stacks, surprise
+    run = scan(memory, stacks, chunks, inputs[0].new_zeros(lanes, 2))
+    return run.y, *run.stacks, run.surprise
+
+
+def mlp_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    """All chunks of a call; the weights are float32 in every dtype."""
+    B, H, C, _, _, K, N = size
+    h, inputs = 2 * K, mlp_inputs(size, dtype, device)
+    single, double = [x.float() for x in inputs], [x.double() for x in inputs]
+    kept = [*inputs, *inputs[4:6], inputs[6], inputs[9]]  # stacks, y and surprise are written
+    return Case(
+        "mlp_scan", size, dtype,
+        lambda: run_mlp(inputs, B, kernel=True),
+        lambda: run_mlp(single, B, kernel=False),
+        run_mlp(double, B, kernel=False),
+        sum(x.nbytes for x in kept),
+        B * H * N * 2 * (h * (13 * C * K + 3 * C * C + K * K) + C * C * (3 * K + C)),
+    )  # fmt: skip
+
+
+@torch.enable_grad()
+def mlp_gradients(inputs: list[Tensor], lanes: int, kernel: bool) -> tuple[Tensor, ...]:
+    """Of all inputs, through both passes."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = run_mlp(leaves, lanes, kernel)[:3]
+    return torch.autograd.grad(sum(y.square().sum() for y in results), leaves)
+
+
+def gradient_row(size: tuple[int, ...], device: str, timed: bool) -> tuple[str, bool]:
+    """One line of the table of gradients, and whether they are right."""
+    inputs = mlp_inputs(size, torch.float32, device)
+    exact = mlp_gradients([x.double() for x in inputs], size[0], kernel=False)
+    error = 0.0
+    for x, y in zip(mlp_gradients(inputs, size[0], kernel=True), exact, strict=True):
+        bound = GRADIENT_TOLERANCE * float(y.abs().max())
+        error = max(error, float(((x - y).abs() / bound).nan_to_num(1e9).max()))
+    cells = ["-", "-"]
+    if timed and error <= 1:
+        taken, plain = (
+            seconds(lambda kernel=kernel: mlp_gradients(inputs, size[0], kernel))
+            for kernel in (True, False)
+        )
+        cells = [f"{taken * 1e6:.0f}", f"{plain / taken:.2f}"]
+    cells = ["mlp_scan", "x".join(map(str, size)), f"{error:.2f}", *cells]
+    return "| " + " | ".join(cells) + " |", error <= 1
+
+
 def largest_error(case: Case) -> float:
     """Of all results, in units of the tolerance: above 1 is wrong."""
     errors = []
@@ -132,7 +205,7 @@ def model_difference(device: str, tiny: bool) -> float:
 
     sizes = {"head_dim": 16, "window": 16, "chunk": 8} if tiny else {}
     store = StoreConfig(capacity=24 if tiny else 512)
-    config = ModelConfig(dim=64, num_layers=2, num_heads=2, mlp_dim=64, memory_layers=(),
+    config = ModelConfig(dim=64, num_layers=2, num_heads=2, mlp_dim=64, memory_layers=(0,),
                          store_layers=(0,), fast_layers=(1,), fast=FastConfig(write="always"),
                          store=store, **sizes)  # fmt: skip
     model = TTLModel(config).to(device)
@@ -185,8 +258,8 @@ def row(case: Case, error: float, peaks: Peaks | None) -> str:
     if peaks is None or error > 1:
         return "| " + " | ".join([*cells, "-", "-", "-"]) + " |"
     taken, plain = seconds(case.kernel), seconds(case.plain)
-    # the delta rule multiplies in float32 whatever its tokens are
-    rate = peaks.rates[torch.float32 if case.name == "delta_rule" else case.dtype]
+    # memories multiply in float32 whatever their tokens are
+    rate = peaks.rates[case.dtype if case.name == "softmax_read" else torch.float32]
     least = max(case.num_bytes / peaks.bandwidth, case.flops / rate)
     cells += [f"{taken * 1e6:.0f}", f"{plain / taken:.2f}", f"{least / taken:.0%}"]
     return "| " + " | ".join(cells) + " |"
@@ -207,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     device = "cpu" if tiny else "cuda"
     dtypes = [torch.float32, torch.float16 if tiny else torch.bfloat16]
     torch.manual_seed(0)
-    makers = (softmax_case, delta_case)
+    makers = (softmax_case, delta_case, mlp_case)
     cases = (make(size, t, device) for make in makers for size in SIZES[tiny] for t in dtypes)
     peaks = None if tiny else measure_peaks(dtypes)
     if peaks is None:
@@ -229,7 +302,14 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"\nmodel at position {FAR:,}: logits with and without kernels differ by {difference:.1e}"
     )
-    print("gradients: no kernel has a backward pass yet")
+    print("\nforward and backward pass, float32; no other kernel has gradients\n")
+    print("| kernel | size | error / tolerance | us | PyTorch / it |")
+    print("|---|---|--:|--:|--:|")
+    for size in SIZES[tiny]:
+        line, fits = gradient_row(size, device, timed=not tiny)
+        right &= fits
+        print(line, flush=True)
+    print()
     print("all equal" if right else "WRONG: see above")
     return 0 if right else 1
 

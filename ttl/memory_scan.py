@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from wakesleep.kernels.delta_rule import DeltaMemory
-from wakesleep.kernels.dispatch import delta_rule_form
+from wakesleep.kernels.dispatch import delta_rule_form, mlp_scan_form
 from wakesleep.kernels.memory_chunk import (
     MatrixMemory,
     MLPMemory,
     Plan,
     Stacks,
     Weights,
+    plan_chunks,
     read_rows,
     take_rows,
 )
@@ -79,8 +80,16 @@ def scan(
         tokens = [t for t in (chunks.q, chunks.k, chunks.v) if t is not None]
         if delta_rule_form(stacks[0], *tokens, gated=threshold > 0) == "triton":
             return _scan_delta(stacks, chunks, mean)
+    if isinstance(memory, MLPMemory):
+        tokens = [t for t in (chunks.k, chunks.v, chunks.q) if t is not None]
+        if mlp_scan_form(stacks[0], *tokens, gated=threshold > 0) == "triton":
+            return _scan_mlp(memory, stacks, chunks, mean)
     N = chunks.k.shape[0]
-    plans = [None] * N if threshold > 0 else _apart(_plan_all(memory, chunks))
+    plans = (
+        [None] * N
+        if threshold > 0
+        else _apart(plan_chunks(memory.plan, *chunks[1:2], *chunks[3:7]))
+    )
     step = recomputed_of_tensors(_step) if recompute else _step
     if _written_out(memory, chunks, threshold):
         step = _mlp_step
@@ -105,6 +114,14 @@ def _scan_delta(stacks: Stacks, chunks: Chunks, mean: Tensor) -> Scan:
     return Scan(y, (end,), surprise, c.live, mean)
 
 
+def _scan_mlp(memory: MLPMemory, stacks: Stacks, chunks: Chunks, mean: Tensor) -> Scan:
+    """All chunks of an MLP at once, every live token written."""
+    from wakesleep.kernels.mlp_autograd_triton import mlp_scan
+
+    y, stacks, surprise = mlp_scan(memory, stacks, *chunks)
+    return Scan(y, stacks, surprise, chunks.live, mean)
+
+
 def _apart(parts: Part) -> list[Part]:
     """One tuple for each chunk. The gradient of each `part[n]` would be as large as all of them."""
     columns = [repeat(None) if part is None else part.unbind(0) for part in parts]
@@ -126,15 +143,6 @@ def _own(memory: Memory) -> Memory:
     if not torch.is_grad_enabled():
         return memory
     return tree_map_only(Tensor, lambda t: t.view_as(t), memory)
-
-
-def _plan_all(memory: Memory, chunks: Chunks) -> Plan:
-    """Plans of all chunks, every live token written; fields [N, X, ...]."""
-    N, X, _, _ = chunks.k.shape
-    written = chunks.live.repeat_interleave(X // chunks.live.shape[1], 1)
-    gates = (chunks.keep, chunks.eta, chunks.step, written)
-    flat = [None if gate is None else gate.flatten(0, 1) for gate in gates]
-    return Plan(*(t.unflatten(0, (N, X)) for t in memory.plan(chunks.k.flatten(0, 1), *flat)))
 
 
 def _written_out(memory: Memory, chunks: Chunks, threshold: float) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wakesleep.kernels import dispatch
-from wakesleep.kernels.dispatch import delta_rule_form, softmax_read_form
+from wakesleep.kernels.dispatch import delta_rule_form, mlp_scan_form, softmax_read_form
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -90,6 +90,28 @@ def test_the_delta_rule_has_limits_of_its_own(monkeypatch, caplog):
     assert ask(gated=True) == "torch" and "surprise" in caplog.text
     wrong = {"state is torch.float16": {"dtype": torch.float16}, "chunks have 65": {"C": 65},
              "heads are 128 wide": {"K": 128}}  # fmt: skip
+    for reason, options in wrong.items():
+        with pytest.raises(ValueError, match=reason):
+            ask(**options)
+
+
+def test_an_mlp_memory_has_limits_of_its_own(monkeypatch, caplog):
+    def ask(gated=False, dtype=torch.float32, C=64, K=64, h=128):
+        stack, k = torch.empty(2, 2 * K, h, dtype=dtype), torch.empty(1, 2, C, K)
+        with torch.no_grad():
+            return mlp_scan_form(stack, k, k, k[:, :, -1:], gated=gated)
+
+    assert ask() == "torch" and not caplog.records  # on a CPU
+    monkeypatch.setenv("WAKESLEEP_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ask() == "triton" and ask(C=1, K=16, h=48) == "triton"
+    assert ask(gated=True) == "torch" and "surprise" in caplog.text
+    k = torch.empty(1, 2, 4, 16)
+    assert mlp_scan_form(k[0], k, k, gated=False) == "triton"  # gradients, too
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert mlp_scan_form(k[0], k, k, gated=False) == "torch" and "compiled" in caplog.text
+    wrong = {"weights are torch.float64": {"dtype": torch.float64}, "chunks have 65": {"C": 65},
+             "heads are 128 wide": {"K": 128}, "hidden width is 24": {"h": 24}}  # fmt: skip
     for reason, options in wrong.items():
         with pytest.raises(ValueError, match=reason):
             ask(**options)
