@@ -21,13 +21,12 @@ from torch import Tensor
 
 from wakesleep.consolidation.budget import Asleep, Cost, Ledger
 from wakesleep.consolidation.sleep_config import SleepConfig
-from wakesleep.consolidation.tail import tail_flops, tail_nats
+from wakesleep.consolidation.tail import harm, tail_flops, tail_nats
 from wakesleep.ttl.flops import most_keys
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.state import StreamState, merge
 
 INTERRUPTED = "interrupted"
-CONFIDENCE = 1.64  # standard errors of a one-sided bound of 95 %
 
 
 class SleepReport(NamedTuple):
@@ -118,15 +117,14 @@ class Night(ABC):
             tail = Cost(tail_flops(self.model, self.state))
             self.spend("gate", total(tail, self.questions))
             with self.judging():
-                lanes, audited, harm = self.unharmed()
-            reason = reason if bool(lanes.any()) or reason == INTERRUPTED else harm
+                lanes, audited, why = self.unharmed()
+            reason = reason if bool(lanes.any()) or reason == INTERRUPTED else why
         if bool(lanes.any()) and self.tail is not None:
             with self.judging():
-                worse = (tail_nats(self.model, self.state) - self.tail).double()
-            bound = worse.mean(1) + CONFIDENCE * worse.std(1) / math.sqrt(worse.shape[1])
-            lanes = lanes & (bound <= self.config.tail_loss)
-            before = float(self.tail.double().mean())
-            after = before + float(worse.mean())
+                found = harm(self.tail, tail_nats(self.model, self.state))
+            lanes = lanes & ((found.most <= self.config.tail_loss) | ~found.asked)
+            if bool(found.asked.any()):
+                before, after = (_mean(t[found.asked]) for t in (found.before, found.after))
             if not bool(lanes.any()) and reason != INTERRUPTED:
                 reason = "the window was predicted worse"
         accepted = bool(lanes.any())
@@ -169,6 +167,12 @@ class Night(ABC):
     def spend(self, kind: Asleep, cost: Cost) -> None:
         """Pay, before the work is done."""
         self.ledger = self.config.bucket.spend(self.ledger, kind, cost)
+
+
+def _mean(x: Tensor) -> float | None:
+    """The mean, None if it is not finite."""
+    mean = float(x.mean())
+    return mean if math.isfinite(mean) else None
 
 
 def share(cost: Cost, part: int, of: int) -> Cost:

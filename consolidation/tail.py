@@ -1,33 +1,50 @@
 """What sleep did to the prediction of what was read last, the last question of the gate.
 
-Shapes: B lanes, W window, C chunk.
+Shapes: B lanes, n of them with a full window, W window, C chunk.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from wakesleep.ttl.fast import open_keys
 from wakesleep.ttl.flops import wake_flops
 from wakesleep.ttl.model import TTLModel
-from wakesleep.ttl.state import SPAN, StreamState, closed_memory
+from wakesleep.ttl.state import SPAN, StreamState, closed_memory, select
+
+CONFIDENCE = 1.64  # standard errors of a one-sided bound of 95 %
 
 
-def tail_nats(model: TTLModel, state: StreamState) -> Tensor | None:
+class Harm(NamedTuple):
+    """What a change of the state does to the prediction of the window; of lanes asked [B] bool."""
+
+    before: Tensor  # [B] float64 nats per token
+    after: Tensor  # [B]
+    most: Tensor  # [B] that are lost, with 95 % confidence; inf if a prediction was lost altogether
+    asked: Tensor  # [B] bool: two rows at least could be compared
+
+
+def tail_nats(model: TTLModel, state: StreamState) -> Tensor:
     """Nats [B, W - 1] of the window's tokens, read once more from an empty window.
 
     Store, memory and fast weights are those of `state`, which is not changed. The memory has
-    learned these tokens already, so only the difference of two states means something. None as long
-    as some lane's window is not full.
+    learned these tokens already, so only the difference of two states means something. NaN in a
+    lane whose window is not full, and where a prediction is not finite.
     """
     window, C = model.window_of(state), model.config.chunk
-    boundary = state.position // C * C
-    if int(boundary.min()) < window:
-        return None
-    ids = state.ids[:, SPAN : SPAN + window]
+    nats = torch.full((len(state.position), window - 1), math.nan, device=state.position.device)
+    full = (state.position // C * C >= window).nonzero()[:, 0]
+    if not len(full):
+        return nats
+    if len(full) < len(nats):
+        return nats.index_copy(0, full, tail_nats(model, select(state, full)))
+    boundary, ids = state.position // C * C, state.ids[:, SPAN : SPAN + window]
     fresh = model.init_state(state.position.shape[0], window=window, capacity=1)
     blocks = tuple(
         block._replace(
@@ -39,7 +56,27 @@ def tail_nats(model: TTLModel, state: StreamState) -> Tensor | None:
         blocks=blocks, position=boundary - window, ids=fresh.ids, recent=fresh.recent
     )
     logits = model(ids, begin)[0][:, :-1].float()
-    return cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    nats = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return torch.where(nats.isfinite(), nats, math.nan)
+
+
+def harm(before: Tensor, after: Tensor) -> Harm:
+    """Compare `tail_nats` [B, W - 1] of two states by the rows that were predicted before.
+
+    Rows that were not finite then say nothing; one that is not any more is harm without bound.
+    """
+    rows = before.isfinite()
+    count = rows.sum(1)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(rows, x, 0.0).sum(1) / count.clamp(min=1)
+
+    then, worse = before.double(), (after - before).double()
+    lost = (rows & ~after.isfinite()).any(1)
+    fall = mean(worse)
+    error = (mean((worse - fall[:, None]).square()) / (count - 1).clamp(min=1)).sqrt()
+    most = torch.where(lost, math.inf, fall + CONFIDENCE * error)
+    return Harm(mean(then), mean(then) + fall, most, count > 1)
 
 
 def tail_flops(model: TTLModel, state: StreamState, held: Sequence[int] | None = None) -> int:

@@ -26,7 +26,7 @@ PATIENCE = 2  # sleeps in a row that may come to nothing before the distance is 
 class TriggerState(NamedTuple):
     """What triggers remember of a stream."""
 
-    slept_at: int = 0  # tokens read at the last sleep
+    since: int = 0  # tokens read since the last sleep
     pressed: bool = False  # the pressure was high, and has not been low since
     weight: float = 0.0  # tokens that the mean of surprise stands for
     mean: float = 0.0  # of surprise
@@ -37,8 +37,7 @@ class TriggerState(NamedTuple):
 class Signals(NamedTuple):
     """What is known of a stream at a boundary between segments; of several lanes, the means."""
 
-    tokens: int  # read so far
-    segment: int  # of these in the last segment
+    segment: int  # tokens of the last segment, of several lanes those of the longest
     surprise: float  # mean of the last segment
     pressure: float  # share of the store's places that hold a pair
     idle: bool = False  # nothing is left to read
@@ -51,14 +50,15 @@ def observe(config: SleepConfig, state: TriggerState, signals: Signals) -> Trigg
     weight = min(state.weight, HORIZON) + n
     mean = state.mean + (signals.surprise - state.mean) * n / max(weight, 1)
     pressed = signals.pressure >= config.high or (state.pressed and signals.pressure > config.low)
-    return state._replace(weight=weight, mean=mean, excess=state.excess + above, pressed=pressed)
+    seen = state._replace(weight=weight, mean=mean, excess=state.excess + above, pressed=pressed)
+    return seen._replace(since=state.since + n)
 
 
 def wanted(
     config: SleepConfig, state: TriggerState, signals: Signals, window: int
 ) -> Trigger | None:
     """The first trigger that asks for sleep now, None if none does."""
-    since = signals.tokens - state.slept_at
+    since = state.since
     doublings = min(state.in_vain // PATIENCE, MOST_DOUBLINGS)
     apart = since >= config.every * 2**doublings
     for trigger in config.triggers:
@@ -78,7 +78,7 @@ def wanted(
     return None
 
 
-def after_sleep(state: TriggerState, signals: Signals, gained: bool) -> TriggerState:
+def after_sleep(state: TriggerState, gained: bool) -> TriggerState:
     """The state after a sleep, which wrote or released something if it `gained`."""
     in_vain = 0 if gained else state.in_vain + 1
-    return state._replace(slept_at=signals.tokens, excess=0.0, in_vain=in_vain)
+    return state._replace(since=0, excess=0.0, in_vain=in_vain)

@@ -82,14 +82,16 @@ def read_lanes(
     """
     if reading.runner.tokens:
         reading.runner.meters.resumed_at.append(reading.runner.tokens)
-    steps = iter(reader)
     reading.runner.start_clock()
+    reading.go_on_with(reader.unfinished)
     reading.sleep_if_due()  # a signal may have come in the middle of a sleep
-    while step := reading.fetch(lambda: next(steps, None)):
+    while step := reading.fetch(lambda: reader.step(reading.reach())):
         before = reading.runner.tokens
         reading.runner.read_lanes(step.tokens, _text(step), step.lengths, step.reset)
         _note_places(reading, reader.cursor, documents, source)
+        reading.go_on_with(reader.unfinished)
         reading.after_segment(before)
+    reading.go_on_with(None)
     reading.sleep_if_due(idle=True)
     records = reading.manifest.documents
     done = tuple(dataclasses.replace(r, finished=True, ended=True) for r in records)

@@ -2,7 +2,8 @@
 
 A lane whose document ends takes the next unread one at the next step; `reset` marks the first
 step of every document, where the model must forget. Which lane reads which document follows from
-the documents alone, not from timing.
+the documents alone, not from timing. Steps end at multiples of the segment length since a lane's
+document began, also behind one that was made shorter.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,14 +68,27 @@ class LaneReader:
             "lanes": [lane and (lane[0], lane[1].cursor) for lane in self._lanes],
         }
 
+    @property
+    def unfinished(self) -> np.ndarray:
+        """Lanes [B] bool in the middle of a document."""
+        return np.array(
+            [
+                lane is not None and 0 < lane[1].tokens and not lane[1].finished
+                for lane in self._lanes
+            ]
+        )
+
     def __iter__(self) -> Iterator[LaneStep]:
-        while True:
-            step = self._step()
-            if not step.lengths.any():
-                return
+        while step := self.step():
             yield step
 
-    def _step(self) -> LaneStep:
+    def step(self, most: Sequence[int] | None = None) -> LaneStep | None:
+        """The next step, None if all documents are read.
+
+        Args:
+            most: tokens of each lane, which is to stop before the grid does; not 0 for all that are
+                in the middle of a document.
+        """
         lanes = len(self._lanes)
         step = LaneStep(
             tokens=np.zeros((lanes, self._segment_len), dtype=np.int64),
@@ -89,10 +103,11 @@ class LaneReader:
             document, reader = self._lanes[lane]
             step.documents[lane] = document
             step.reset[lane] = reader.tokens == 0
-            ids = reader.read(self._segment_len)
+            left = self._segment_len - reader.tokens % self._segment_len
+            ids = reader.read(left if most is None else min(left, most[lane]))
             step.lengths[lane] = len(ids)
             step.tokens[lane, : len(ids)] = ids
-        return step
+        return step if step.lengths.any() else None
 
     def _refill(self, lane: int) -> None:
         """Give a lane without tokens the next document, if there is one."""

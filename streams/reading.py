@@ -7,10 +7,11 @@ the same at the same places. Nothing here grows with the stream.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.streams.manifest import DocumentRecord, Manifest
@@ -160,7 +161,7 @@ class Reading:
         )
         self.sleep_if_due()  # a signal may have come in the middle of a sleep
         # a document that begins inside a chunk has no segment that ends at a boundary by itself
-        while segment := self.fetch(lambda: reader.read(self._reach())):
+        while segment := self.fetch(lambda: reader.read(*(self.reach() or []))):
             before = self.runner.tokens
             self.runner.read(segment)
             self._recorder.ids(segment.ids)
@@ -191,7 +192,7 @@ class Reading:
         """Do what is due between `before` and the tokens that are read now."""
         now = self.runner.tokens
         if self._sleeper is not None:
-            self._sleeper.observe(now - before)
+            self._sleeper.observe()
         if now // METRICS_EVERY > before // METRICS_EVERY:
             self._write_metrics()
         if self._watch is not None and any(before < asked <= now for asked in ASKED_AT):
@@ -225,9 +226,14 @@ class Reading:
             self.save()
             raise Stopped(self._stop.number)
 
-    def _reach(self) -> float:
-        """Tokens of the next segment at most."""
-        return math.inf if self._sleeper is None else self._sleeper.reach()
+    def reach(self) -> list[int] | None:
+        """Tokens of every lane's next segment at most, None if sleep does not mind."""
+        return None if self._sleeper is None else self._sleeper.reach()
+
+    def go_on_with(self, lanes: np.ndarray | None) -> None:
+        """Sleep only in these lanes [B] bool from now on, None = in all: the others forget."""
+        if self._sleeper is not None:
+            self._sleeper.lanes = lanes
 
     def _sleep(self, sleeper: Sleeper, trigger: str, grant: int | None = None) -> dict | None:
         """Sleep once and record it; None if a signal came, and nothing has happened."""

@@ -60,6 +60,7 @@ class StreamRunner:
         self.carried = carried or fresh(language_model, lanes, **sizes)
         self.meters = meters or Meters()
         self.last_surprise = 0.0  # mean of the last segment
+        self.last_len = 0  # tokens of the last segment, of several lanes those of the longest
         self._idle_since: float | None = None
 
     @property
@@ -122,6 +123,7 @@ class StreamRunner:
         )
         self.meters.add(span)
         self.last_surprise = span.surprise / max(1, span.tokens)
+        self.last_len = int(lengths.max())
         self.meters.nonfinite_rows += int(stats.nonfinite.sum())
         self._earn(before.stream.position.tolist(), lengths.tolist(), time.monotonic() - begin)
         last = logits[torch.arange(len(ids), device=device), (counts - 1).clamp(min=0)]

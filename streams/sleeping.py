@@ -2,6 +2,9 @@
 
 What is decided depends on what was read and spent alone, and a sleep draws from a generator of its
 own number: a stream that was killed and resumed sleeps where, and as, it would have.
+
+Of several lanes those sleep together that are in the middle of a document, once all of these stand
+at a boundary of chunks. What a lane whose document has ended holds is forgotten with the next one.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from wakesleep.consolidation.budget import Ledger
@@ -27,6 +31,7 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.quantities import count
 from wakesleep.streams.runner import StreamRunner, store_fill
 from wakesleep.ttl.model import TTLModel
+from wakesleep.ttl.state import StreamState, put, select
 
 
 def check_sleep(config: SleepConfig, model: TTLModel) -> None:
@@ -51,11 +56,13 @@ class Sleeper:
     def __init__(self, config: SleepConfig, seed: int, runner: StreamRunner) -> None:
         """seed: the session's."""
         self.config, self.seed, self.runner = config, seed, runner
+        self.lanes: np.ndarray | None = None  # [B] bool, those that sleep; None: all
 
-    def observe(self, tokens: int) -> None:
-        """Take note of a segment of so many tokens, all lanes together, that was just read."""
+    def observe(self) -> None:
+        """Take note of the segment that was just read."""
         meters = self.runner.meters
-        meters.triggers = observe(self.config, meters.triggers, self._signals(tokens))
+        signals = self._signals()._replace(segment=self.runner.last_len)
+        meters.triggers = observe(self.config, meters.triggers, signals)
 
     def due(self, *, idle: bool = False) -> Trigger | None:
         """What asks for sleep, if it may have it: at a boundary of chunks, with budget for a unit.
@@ -64,19 +71,20 @@ class Sleeper:
             idle: nothing is left to read; to the trigger of that name any place will do.
         """
         config = self.config
-        if config.does_nothing:
+        if config.does_nothing or not self._numbers.numel():
             return None
-        if self._to_boundary:
+        if any(self._to_boundary):
             if not idle or "idle" not in config.triggers:
                 return None
             config = dataclasses.replace(config, trigger=("idle",))
         return self._asks(config, idle)
 
-    def reach(self) -> float:
-        """Tokens of the next segment at most: to a boundary, if sleep is due but for that."""
-        if self.config.does_nothing or not self._to_boundary:
-            return math.inf
-        return math.inf if self._asks(self.config) is None else self._to_boundary
+    def reach(self) -> list[int] | None:
+        """Tokens of every lane to a boundary, if sleep is due but for that; 0 of those awake."""
+        ahead = self._to_boundary
+        if self.config.does_nothing or not any(ahead) or self._asks(self.config) is None:
+            return None
+        return ahead
 
     def unpaid(self, *, ever: bool = False) -> str | None:
         """Why sleep that is wanted is not paid for, in words; None if it is, or none is wanted.
@@ -86,6 +94,8 @@ class Sleeper:
         """
         config = self.config
         if config.does_nothing or not config.offline_ratio or (ever and math.isinf(config.burst)):
+            return None
+        if not self._numbers.numel():
             return None
         if self._wanted(config, idle=not ever) is None:
             return None
@@ -104,7 +114,7 @@ class Sleeper:
     @property
     def least(self) -> int:
         """FLOPs below which a sleep would not begin."""
-        return least_cost(self.runner.language_model.model, self.runner.state, self.config)
+        return least_cost(self.runner.language_model.model, self._state, self.config)
 
     def sleep(
         self, trigger: str, stop: Callable[[], bool], grant: int | None = None
@@ -125,15 +135,16 @@ class Sleeper:
         number = (self.seed * 1_000_003 + meters.sleeps) % 2**63
         generator = torch.Generator().manual_seed(number)
         model = runner.language_model.model
-        state, ledger, report = sleep(model, runner.state, config, before, generator, stop)
+        state, ledger, report = sleep(model, self._state, config, before, generator, stop)
         if report.reason == INTERRUPTED:
             meters.interrupted_flops += ledger.asleep.flops - before.asleep.flops
             return None
         if report.accepted:
-            runner.carried = runner.carried._replace(stream=state)
+            whole = put(runner.state, self._numbers, state)
+            runner.carried = runner.carried._replace(stream=whole)
         meters.ledger = ledger if grant is None else meters.ledger.with_extra(ledger)
         meters.sleeps += 1
-        meters.triggers = after_sleep(meters.triggers, self._signals(0), gained=report.accepted)
+        meters.triggers = after_sleep(meters.triggers, gained=report.accepted)
         return {
             "tokens": runner.tokens,
             "trigger": trigger,
@@ -146,10 +157,25 @@ class Sleeper:
         }
 
     @property
-    def _to_boundary(self) -> int:
-        """Tokens to the next boundary of chunks, of the lane that is farthest from it; 0 at one."""
+    def _numbers(self) -> torch.Tensor:
+        """Numbers [n] int64 of the lanes that sleep."""
+        position = self.runner.state.position
+        lanes = np.ones(len(position), dtype=bool) if self.lanes is None else self.lanes
+        return torch.from_numpy(lanes.nonzero()[0]).to(position.device)
+
+    @property
+    def _state(self) -> StreamState:
+        """The state of these lanes."""
+        state, numbers = self.runner.state, self._numbers
+        return state if len(numbers) == len(state.position) else select(state, numbers)
+
+    @property
+    def _to_boundary(self) -> list[int]:
+        """Tokens of every lane to its next boundary of chunks; 0 at one, and of those awake."""
         chunk = self.runner.language_model.model.config.chunk
-        return int((-self.runner.state.position % chunk).max())
+        position, numbers = self.runner.state.position, self._numbers
+        ahead = torch.zeros_like(position)
+        return ahead.index_copy(0, numbers, -position[numbers] % chunk).tolist()
 
     def _asks(self, config: SleepConfig, idle: bool = False) -> Trigger | None:
         """What asks for sleep and has the budget for it, here or at the next boundary."""
@@ -161,17 +187,15 @@ class Sleeper:
         return wanted(
             config,
             self.runner.meters.triggers,
-            self._signals(0, idle=idle),
+            self._signals(idle=idle),
             model.config.recent or model.window_of(state),
         )
 
-    def _signals(self, segment: int, idle: bool = False) -> Signals:
-        runner, lanes = self.runner, len(self.runner.state.position)
-        model = runner.language_model.model
+    def _signals(self, idle: bool = False) -> Signals:
+        model = self.runner.language_model.model
         return Signals(
-            tokens=runner.tokens // lanes,
-            segment=segment // lanes,
-            surprise=runner.last_surprise,
-            pressure=pressure(model, runner.state, self.config),
+            segment=0,
+            surprise=self.runner.last_surprise,
+            pressure=pressure(model, self._state, self.config),
             idle=idle,
         )

@@ -352,7 +352,7 @@ class Run(NamedTuple):
     def carry_out(self) -> dict[str, Any]:
         """Train; return what the run left, on the first rank:
 
-        `{"output", "steps", "model_sha256", "reads_text", "resumed_at"}`.
+        `{"output", "steps", "model_sha256", "reads_text", "run_id", "resumed_at"}`.
 
         Raises:
             TrainingFailed: a loss or gradient is not finite.

@@ -1,7 +1,8 @@
 """Where else the lines of metrics.csv go: a file of W&B or TensorBoard in the run's folder.
 
-Nothing is sent anywhere: W&B runs offline, and `wandb sync` sends what it wrote. It has one run for
-each call, all in the group of the folder's name; TensorBoard shows one curve.
+Nothing is sent anywhere: W&B runs offline, and `wandb sync --append` sends what it wrote. Every
+call writes a part, all under the id in run.json, which makes one run of them; what a killed call
+had logged behind its checkpoint is there twice. TensorBoard shows one curve.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.training_config import TrainConfig
 
 
-def open_loggers(config: TrainConfig, folder: Path, saved_step: Callable[[], int]) -> list[Logger]:
+def open_loggers(
+    config: TrainConfig, folder: Path, saved_step: Callable[[], int], run_id: str
+) -> list[Logger]:
     """The loggers that `config.logger` names; none of them writes before it is used.
 
     Args:
         saved_step: of the checkpoint that the run goes on from; what came after it comes again.
+        run_id: of the run, the same after every resume.
 
     Raises:
         Refused: the package is not installed.
@@ -32,8 +36,8 @@ def open_loggers(config: TrainConfig, folder: Path, saved_step: Callable[[], int
         case "csv":  # metrics.csv is written in any case
             return []
         case "wandb":
-            group = folder.resolve().name
-            return [WandbLogger(save_dir=folder, project="wakesleep", group=group, offline=True)]
+            keys = {"project": "wakesleep", "name": folder.resolve().name, "resume": "allow"}
+            return [WandbLogger(save_dir=folder, id=run_id, offline=True, **keys)]
         case "tensorboard":
             keys = {"name": "tensorboard", "version": "", "default_hp_metric": False}
             step = saved_step()

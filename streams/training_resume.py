@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def read_record(path: Path) -> dict[str, Any]:
     record = parse_json(path.read_bytes(), str(path))
     if type(record) is not dict or type(record.get("resumed_at")) is not list:
         raise Refused(f"{path} has no list resumed_at", "", "move the file away")
+    run_id = record.get("run_id", "")
+    if type(run_id) is not str or not re.fullmatch("[0-9a-f]{0,64}", run_id):
+        raise Refused(f"{path} has a run_id that is none", "", "move the file away")
     return record
 
 

@@ -9,10 +9,12 @@ not know of is undone on resume: metrics.csv is cut back to its step.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
 import os
+import secrets
 import signal
 import sys
 import time
@@ -84,6 +86,11 @@ class RunFolder(lightning.Callback):
     def checkpoint(self) -> Path:
         return self.folder / "checkpoints" / "last.ckpt"
 
+    @functools.cached_property
+    def run_id(self) -> str:
+        """Names the run to W&B, whatever folder and machine it goes on in."""
+        return self._record().get("run_id") or secrets.token_hex(4)
+
     def saved_step(self) -> int:
         """Steps that the checkpoint has behind it, 0 where there is none."""
         return read_checkpoint(self.checkpoint)["global_step"] if self.checkpoint.exists() else 0
@@ -140,9 +147,8 @@ class RunFolder(lightning.Callback):
         if not trainer.is_global_zero:
             return
         resumed = [*self._record()["resumed_at"], step] if step else []
-        write_atomically(
-            self.folder / "run.json", json.dumps({"resumed_at": resumed}).encode() + b"\n"
-        )
+        record = json.dumps({"run_id": self.run_id, "resumed_at": resumed})
+        write_atomically(self.folder / "run.json", record.encode() + b"\n")
         behind = not module.means.weights.any()  # was the checkpoint made behind its line?
         self._cut_metrics(step if behind else step - 1)
         if step:

@@ -54,7 +54,7 @@ def make_trainer(config: TrainConfig, folder: RunFolder) -> lightning.Trainer:
         "devices": 1,
         "precision": "bf16-mixed" if config.train.bf16 else "32-true",
         "gradient_clip_val": config.optim.clip,
-        "logger": open_loggers(config, folder.folder, folder.saved_step) or False,
+        "logger": open_loggers(config, folder.folder, folder.saved_step, folder.run_id) or False,
         "enable_checkpointing": False,
         "enable_model_summary": False,
         "enable_progress_bar": bar,

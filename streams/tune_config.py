@@ -51,6 +51,8 @@ class TuneConfig:
                 raise ValueError(
                     f"search.{key} must be a list of 1 to {LONGEST} values, got {values}"
                 )
+            if any(value in values[:i] for i, value in enumerate(values)):
+                raise ValueError(f"search.{key} must be a list of different values, got {values}")
 
     @property
     def grid(self) -> int:

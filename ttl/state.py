@@ -167,6 +167,11 @@ def select(state: Tree, lanes: Tensor) -> Tree:
     return map_state(lambda t: t.index_select(0, lanes), state)
 
 
+def put(state: Tree, lanes: Tensor, part: Tree) -> Tree:
+    """The state with the lanes of `part` in the place of those with the numbers `lanes` [n]."""
+    return map_state(lambda t, new: t.index_copy(0, lanes, new), state, part)
+
+
 def merge(lanes: Tensor, new: Tree, old: Tree) -> Tree:
     """Lane b of `new` where `lanes[b]` (bool [B]), of `old` elsewhere."""
 

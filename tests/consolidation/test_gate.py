@@ -7,8 +7,10 @@ import torch
 
 from wakesleep.consolidation.gate import (
     NOISE_CUES,
+    RULES,
     STEPS,
     advance,
+    audit,
     judge,
     set_aside,
     without_superseded,
@@ -100,6 +102,39 @@ def test_forced_bad_updates_are_rejected(spoil):
         assert torch.equal(same, verdict.step == 0)
         rejected.append(verdict.step == 0)
     assert torch.cat(rejected).double().mean() >= 0.99
+
+
+def test_old_answers_that_all_move_a_little_are_kept_from_moving_on():
+    """Every old pair is still known, by a cosine of .83: the mean fall refuses it."""
+    fast, old, new, cues, generator = begin()
+    full = change(fast, new, LAM)
+    k = torch.cat([old.k, new.k], 2)
+    aside = torch.randn(old.v.shape, generator=generator)
+    aside -= (aside * old.v).sum(-1, keepdim=True) / old.v.square().sum(-1, keepdim=True) * old.v
+    aside *= 0.672 * old.v.norm(dim=-1, keepdim=True) / aside.norm(dim=-1, keepdim=True)
+    s = torch.linalg.pinv(k) @ torch.cat([old.v + aside, new.v], 2)
+    verdict = judge(fast, full._replace(s=s), new, cues, 0.8)
+    assert (verdict.rule == RULES.index("old answers moved too far")).double().mean() > 0.9
+    assert verdict.old_known.min() == 1 and (verdict.step < 1).all()
+
+
+def test_the_gate_never_sees_the_sealed_half_of_the_probes_and_the_audit_no_other():
+    fast, _, new, cues, generator = begin()
+    full, halves = change(fast, new, LAM), []
+    for half in (slice(0, PROBES // 2), slice(PROBES // 2, None)):
+        v = fast.probes.v.clone()
+        v[:, :, half] = torch.randn(v[:, :, half].shape, generator=generator)
+        halves.append(fast._replace(probes=fast.probes._replace(v=v)))
+    seen, sealed = halves
+
+    def verdict(fast):
+        return judge(fast, full._replace(probes=fast.probes), new, cues, TOLERANCE)
+
+    assert all(map(torch.equal, verdict(sealed), verdict(fast)))
+    assert not torch.equal(verdict(seen).old_known, verdict(fast).old_known)
+    assert all(map(torch.equal, audit(seen, TOLERANCE), audit(fast, TOLERANCE)))
+    known, count = audit(sealed, TOLERANCE)
+    assert known.sum() == 0 < count.min() and torch.equal(audit(fast, TOLERANCE)[0], count)
 
 
 def test_an_update_that_is_not_finite_is_rejected():

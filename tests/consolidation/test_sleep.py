@@ -14,7 +14,7 @@ from wakesleep.consolidation import sleep as sleeping
 from wakesleep.consolidation.budget import Cost, Ledger
 from wakesleep.consolidation.replay import SAME_KEY
 from wakesleep.consolidation.sleep_config import SleepConfig
-from wakesleep.consolidation.tail import tail_nats
+from wakesleep.consolidation.tail import tail_flops, tail_nats
 from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.memory import MemoryConfig
@@ -155,19 +155,28 @@ def test_what_is_paid_is_at_least_what_torch_counts(model):
     assert 0 <= paid - factors - counter.get_total_flops() < 0.05 * paid
 
 
-@pytest.mark.parametrize("lanes", [[1], [0, 1]])
-def test_a_lane_that_predicts_its_window_worse_is_put_back(model, monkeypatch, lanes):
-    state, calls = read(model), []
-    nats = night.tail_nats
+def spoil(monkeypatch, change) -> None:
+    """Let `change` alter how the window is predicted after sleep."""
+    nats, calls = night.tail_nats, []
 
     def spoiled(model, state):
         calls.append(nats(model, state))
         if len(calls) == 2:
-            calls[-1][lanes] += 2.0
+            change(calls[-1])
         return calls[-1]
 
-    _, usual, _ = sleep(model, state)
     monkeypatch.setattr(night, "tail_nats", spoiled)
+
+
+@pytest.mark.parametrize("lanes", [[1], [0, 1]])
+def test_a_lane_that_predicts_its_window_worse_is_put_back(model, monkeypatch, lanes):
+    state = read(model)
+    _, usual, _ = sleep(model, state)
+
+    def change(after):
+        after[lanes] += 2.0
+
+    spoil(monkeypatch, change)
     after, ledger, report = sleep(model, state)
     for lane in range(B):
         one = torch.tensor([lane])
@@ -178,6 +187,44 @@ def test_a_lane_that_predicts_its_window_worse_is_put_back(model, monkeypatch, l
     assert ledger.asleep.flops == usual.asleep.flops
     seconds = report.seconds - ledger.gate.seconds
     assert ledger.wasted.seconds == pytest.approx(seconds * len(lanes) / B)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("worse", "taken"), [(0.0, True), (20.0, False), (float("nan"), False)])
+def test_rows_of_the_window_that_are_not_finite_are_left_out_of_the_look_at_it(
+    model, monkeypatch, worse, taken
+):
+    sick = copy.deepcopy(model)
+    third = torch.arange(8)[:, None] == 3
+    sick.norm.register_forward_hook(lambda module, given, x: x.masked_fill(third, torch.nan))
+    state = read(model, length=88)
+    nats = tail_nats(sick, state)
+    assert 0 < nats.isnan().sum() < nats.numel()
+
+    def change(after):
+        after[nats.isfinite()] += worse
+
+    spoil(monkeypatch, change)
+    _, _, report = sleep(sick, state, tail_loss=0.5)
+    assert report.accepted == taken
+    assert report.tail_before == pytest.approx(float(nats.nanmean(1).mean()))
+    assert (report.tail_after is None) == (worse != worse)
+    assert (report.reason == "the window was predicted worse") == (not taken)
+
+
+@torch.no_grad()
+def test_a_lane_that_has_just_begun_does_not_hide_what_the_others_lose(model, monkeypatch):
+    state = read(model)
+    reset = model.reset(state, torch.tensor([True, False]))
+    nats = tail_nats(model, reset)
+    assert nats[0].isnan().all() and torch.allclose(nats[1], tail_nats(model, state)[1], atol=1e-5)
+    with FlopCounterMode(display=False) as counter:
+        tail_nats(model, reset)
+    assert counter.get_total_flops() == tail_flops(model, reset) > 0
+    spoil(monkeypatch, lambda after: after.add_(20.0))
+    after, _, report = sleep(model, reset)
+    assert not changed(select(after, torch.tensor([1])), select(reset, torch.tensor([1])))
+    assert report.tail_after == pytest.approx(report.tail_before + 20.0, abs=1.0)
 
 
 @torch.no_grad()
@@ -201,7 +248,7 @@ def test_the_window_is_read_again_with_store_memory_and_fast_weights_as_they_are
         spoiled = tuple(other if at == layer else b for at, b in enumerate(blocks))
         assert not torch.allclose(tail_nats(model, state._replace(blocks=spoiled)), nats), part
         model.blocks[0].attention.fast.gates.bias.data.fill_(-1e4)
-    assert tail_nats(model, read(model, length=7)) is None
+    assert tail_nats(model, read(model, length=7)).isnan().all()
 
 
 def test_an_interrupted_sleep_keeps_the_units_that_were_done(model):

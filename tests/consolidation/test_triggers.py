@@ -24,11 +24,11 @@ def stream(config, segments, surprise=lambda n: 1.0, pressure=lambda n: 0.0, gai
     state, tokens, slept = TriggerState(), 0, []
     for number, length in enumerate(segments):
         tokens += length
-        signals = Signals(tokens, length, surprise(number), pressure(number))
+        signals = Signals(length, surprise(number), pressure(number))
         state = observe(config, state, signals)
         if trigger := wanted(config, state, signals, WINDOW):
             slept.append((tokens, trigger))
-            state = after_sleep(state, signals, gains(number))
+            state = after_sleep(state, gains(number))
     return slept
 
 
@@ -70,9 +70,9 @@ def test_a_stream_of_noise_is_slept_on_less_and_less():
 
 
 def test_a_sleep_that_gains_something_ends_the_back_off():
-    state = TriggerState(in_vain=9, slept_at=5)
-    assert after_sleep(state, Signals(70, 1, 0.0, 0.0), gained=True) == TriggerState(slept_at=70)
-    assert after_sleep(state, Signals(70, 1, 0.0, 0.0), gained=False).in_vain == 10
+    state = TriggerState(in_vain=9, since=5)
+    assert after_sleep(state, gained=True) == TriggerState()
+    assert after_sleep(state, gained=False) == TriggerState(in_vain=10)
 
 
 def test_any_of_several_triggers_asks_and_the_first_one_is_told():
@@ -83,7 +83,9 @@ def test_any_of_several_triggers_asks_and_the_first_one_is_told():
 
 def test_idle_asks_when_nothing_is_left_to_read_and_only_once():
     config, state = SleepConfig(trigger=("idle",)), TriggerState()
-    busy, idle = Signals(10, 10, 1.0, 1.0), Signals(10, 0, 1.0, 1.0, idle=True)
+    busy, idle = Signals(10, 1.0, 1.0), Signals(0, 1.0, 1.0, idle=True)
+    assert wanted(config, state, idle, WINDOW) is None  # nothing was read
+    state = observe(config, state, busy)
     assert wanted(config, state, busy, WINDOW) is None
     assert wanted(config, state, idle, WINDOW) == "idle"
-    assert wanted(config, after_sleep(state, idle, False), idle, WINDOW) is None
+    assert wanted(config, after_sleep(state, False), idle, WINDOW) is None

@@ -53,6 +53,15 @@ def test_each_document_is_read_whole_in_one_lane(documents, bpe, lanes, segment_
     assert [texts[index] for index in range(len(documents))] == whole
 
 
+def test_a_step_that_was_made_shorter_is_followed_by_one_to_the_grid(documents, bpe):
+    reader = LaneReader(documents, 2, 16, bpe)
+    lengths = [reader.step(most).lengths.tolist() for most in (None, [5, 0], None, [20, 3])]
+    assert lengths == [[16, 16], [5, 0], [11, 16], [16, 3]] and reader.unfinished.all()
+    texts = collect(LaneReader(documents, 2, 16, bpe, reader.cursor), {0: [], 1: []})
+    whole = [len(open_tokens(d, bpe).read(1 << 30)) for d in documents]
+    assert [len(texts[i]) for i in range(len(whole))] == [whole[0] - 48, whole[1] - 35, *whole[2:]]
+
+
 def test_a_lane_takes_the_next_document_at_the_step_after_its_end(documents, bpe):
     steps = list(LaneReader(documents, 2, 16, bpe))
     assert len(steps) > 3

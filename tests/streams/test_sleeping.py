@@ -12,7 +12,7 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 
-from wakesleep.streams import reading
+from wakesleep.streams import reading, sleeping
 from wakesleep.streams import session as sessions
 from wakesleep.streams.cli import main
 from wakesleep.streams.errors import Refused
@@ -265,6 +265,54 @@ def test_several_lanes_sleep_together_and_go_on_after_ctrl_c(tmp_path, sleeper, 
     assert summary["sleeps"] > 0 and spent(summary) <= 4 * summary["wake_flops"]
     for at in (2, 1):
         interrupted(tmp_path / "t", monkeypatch, at, sleeper, folder, **lanes)
+    again = stream(tmp_path / "t", sleeper, folder, **lanes)
+    assert repeated(again) == repeated(summary)
+    assert tensors(tmp_path / "t") == tensors(tmp_path / "s")
+
+
+def cut(folder, text, *lines):
+    """A folder of texts with so many lines each."""
+    folder.mkdir()
+    for n, count in enumerate(lines):
+        (folder / f"{n}.txt").write_text("".join(text.read_text().splitlines(True)[n:][:count]))
+    return folder
+
+
+def test_a_lane_that_has_ended_inside_a_chunk_lets_the_others_sleep(tmp_path, sleeper, text):
+    folder = cut(tmp_path / "texts", text, 20, 300)
+    summary = stream(tmp_path / "s", sleeper, folder, lanes=2)
+    alone = stream(tmp_path / "alone", sleeper, folder / "1.txt")
+    short = summary["tokens"] - alone["tokens"]
+    assert short % 16 and 0 < short < 256 < alone["tokens"]
+    assert summary["sleeps"] == alone["sleeps"] > 2
+    assert [line["tokens"] - short for line in summary["sleep_log"]] == [
+        line["tokens"] for line in alone["sleep_log"]
+    ]
+    assert spent(summary) < 1.5 * spent(alone)  # one lane's; other pairs are set aside in it
+    both, one = (tensors(tmp_path / name) for name in ("s", "alone"))
+    fast = [name for name in one if "fast.s" in name]
+    size = {name: len(one[name]) for name in fast}
+    assert fast and all(both[name][: size[name]] == bytes(size[name]) for name in fast)
+    assert any(both[name][size[name] :] != bytes(size[name]) for name in fast)
+
+
+def test_lanes_that_are_never_at_a_boundary_together_are_brought_to_one(
+    tmp_path, sleeper, text, monkeypatch
+):
+    folder = cut(tmp_path / "texts", text, 70, 200, 130)
+    lanes, places, own = {"lanes": 2, "segment_len": 40}, [], sleeping.sleep
+
+    def watched(model, state, *given):
+        places.append(state.position.tolist())
+        return own(model, state, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sleeping, "sleep", watched)
+        summary = stream(tmp_path / "s", sleeper, folder, **lanes)
+    assert len(places) == summary["sleeps"] > 2
+    assert not any(at % 16 for lanes_at in places for at in lanes_at)
+    assert any(at % 40 for lanes_at in places for at in lanes_at)
+    interrupted(tmp_path / "t", monkeypatch, 5, sleeper, folder, **lanes)
     again = stream(tmp_path / "t", sleeper, folder, **lanes)
     assert repeated(again) == repeated(summary)
     assert tensors(tmp_path / "t") == tensors(tmp_path / "s")

@@ -1,6 +1,7 @@
 """What is logged elsewhere is what metrics.csv has, and a logger that is not there is told."""
 
 import csv
+import json
 
 import pytest
 from lightning.pytorch.loggers import Logger
@@ -49,6 +50,24 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch, logge
         train(config(logger=logger), tmp_path / "run")
     assert f"pip install {logger}" in str(refusal.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_wandb_goes_on_with_the_run_that_it_began(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(training_loggers, "find_spec", lambda name: True)
+    monkeypatch.setattr(
+        training_loggers, "WandbLogger", lambda **keys: given.append(keys) or Recorder()
+    )
+    train(config(logger="wandb"), tmp_path / "run")
+    longer = {"steps": 5, "log_every": 2, "save_every": 4, "validate_every": 4}
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train(config(logger="wandb", train=longer), tmp_path / "moved", resume=True)
+    train(config(logger="wandb"), tmp_path / "other")
+    first, second, other = given
+    assert first["id"] == second["id"] != other["id"]
+    assert all(keys["resume"] == "allow" and keys["offline"] for keys in given)
+    record = json.loads((tmp_path / "moved" / "run.json").read_text())
+    assert record == {"run_id": first["id"], "resumed_at": [4]}
 
 
 def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path, monkeypatch):

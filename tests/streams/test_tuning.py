@@ -254,6 +254,7 @@ def test_what_cannot_be_measured_is_refused_before_a_folder_is_made(tmp_path, co
         ({}, "search names the keys"),
         ({"search": {"window": 64}}, "search.window must be a list"),
         ({"search": {"window": []}}, "search.window must be a list"),
+        ({"search": {"window": [64, 32, 64.0]}}, "search.window must be a list of different"),
         ({"search": SEARCH, "tokens": 0}, "tokens must be from 1"),
         ({"search": SEARCH, "seeds": (1, 1)}, "seeds must be different"),
         ({"search": SEARCH, "questions": 0}, "questions must be from 1"),
