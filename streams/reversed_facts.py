@@ -52,12 +52,9 @@ def _draw_facts(draw: random.Random, words: Words) -> list[tuple[str, str, str]]
     verbs, things = _draw_keys(draw, GOT, words.animals, count)
     said = [f"{verb} the {thing}" for verb, thing in zip(verbs, things, strict=True)]
     people = draw.sample(words.first_names, count)
+    # A name that begins a line has other tokens: hence "Then".
     return [
-        (
-            f"Then {value} {what}.",
-            value,
-            f"Who {what}?",
-        )  # a name that begins a line has other tokens
+        (f"Then {value} {what}.", value, f"Who {what}?")
         for value, what in zip(people, said, strict=True)
     ]
 

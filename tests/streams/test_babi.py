@@ -141,7 +141,7 @@ def test_pages_hold_whole_stories_and_their_answers(write):
 
 @pytest.mark.parametrize("task", ["qa1", "qa2", "qa3", "qa5"])
 def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same(task, monkeypatch):
-    lengths, early, spelt, tokenizer = [], 0, 0, open_tokenizer(TrainConfig())
+    lengths, early, spelt, again, tokenizer = [], 0, 0, 0, open_tokenizer(TrainConfig())
 
     def recorded(*args):
         lengths.append(len(events := make_babi(*args)))
@@ -168,9 +168,25 @@ def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same
             assert piece.source in source.values()
             mine = [n for n, line in enumerate(told) if any(t in question for t in thing(line))]
             assert (question, piece.source, mine[-1:]) not in asked
+            again += (question, piece.source) in [key[:2] for key in asked]
             asked.append((question, piece.source, mine[-1:]))
             early += left > 0
     assert early > 20 and (spelt > 20) == (task != "qa1")
+    assert again or task in (
+        "qa1",
+        "qa5",
+    )  # of what was left since, the answer is the same at first
+
+
+def test_half_of_the_stories_have_fewer_people_places_and_things(monkeypatch):
+    casts = []
+    monkeypatch.setattr(babi, "make_babi", lambda *a: casts.append(a[2]) or make_babi(*a))
+    for seed in range(40):
+        page = Page(open_tokenizer(TrainConfig()), random.Random(seed), 512, RecallConfig())
+        write_babi(page, ["qa2"], load_words("train"), 0.0)
+    whole, fewest = own_cast("qa2"), [min(map(len, part)) for part in zip(*casts, strict=True)]
+    assert 0.35 < sum(cast != whole for cast in casts) / len(casts) < 0.6 and fewest == [2, 2, 1]
+    assert all(set(cast.people) <= set(whole.people) for cast in casts)
 
 
 def thing(line):
