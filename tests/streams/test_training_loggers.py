@@ -12,6 +12,7 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.train_command import find_recipe
 from wakesleep.streams.training import train
 from wakesleep.streams.training_config import TrainConfig
+from wakesleep.streams.training_resume import read_record
 
 
 class Recorder(Logger):
@@ -83,3 +84,19 @@ def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path, monkeypatc
     longer = {"steps": 5, "log_every": 2, "save_every": 4, "validate_every": 4}
     train(config(logger="tensorboard", train=longer), tmp_path / "run", resume=True)
     assert given == [None, 5] and list(recorder.rows) == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"run_id": "a/../b", "resumed_at": []}',
+        '{"run_id": 3, "resumed_at": []}',
+        '{"run_id": "ab"}',
+        "[]",
+    ],
+)
+def test_a_record_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(Refused, match=r"run\.json has "):
+        read_record(path)
