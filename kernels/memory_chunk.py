@@ -19,7 +19,7 @@ Weights act from the right (row vectors: x @ W). What is learned travels in a *s
 [X, s * in, out]: M - base (s = 1), or M - base on top of its momentum (s = 2).
 
 Shapes: X any batch (chunk, lane, head), C chunk, n planned tokens (C, or fewer when the written
-ones were packed), K head width, h hidden width.
+ones were packed), K head width, h hidden width. Of a call, N chunks, B lanes and X = lanes * heads.
 Source: Behrouz et al., "Titans", arXiv 2501.00663, section 3.2; the mask form with LayerNorm and
 momentum is derived, and tested against `memory_reference`.
 """
@@ -40,6 +40,22 @@ SLOPE_BOUND = 1.1  # of |silu'|; the true maximum is 1.0998
 
 Stacks = tuple[Tensor, ...]  # [X, s * in, out] per layer of the memory
 Weights = tuple[Tensor, ...]  # [X, in, out] per layer of the memory
+
+
+class Chunks(NamedTuple):
+    """Tokens of a call on their grid of chunks, or of one chunk as far as it is filled.
+
+    q, k and v are of one dtype, the gates of one.
+    """
+
+    q: Tensor | None  # [N, X, R, K], of the last R tokens of each chunk; None = nobody reads
+    k: Tensor  # [N, X, C, K]
+    v: Tensor  # [N, X, C, K]
+    keep: Tensor  # [N, X, C] in [0, 1]
+    eta: Tensor | None  # [N, X, C] in [0, 1]; None = no momentum
+    step: Tensor  # [N, X, C] in [0, 1]
+    live: Tensor  # [N, B, C] bool, may be written
+    closed: Tensor  # [N, B] bool, the chunk is complete and counts
 
 
 class Plan(NamedTuple):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wakesleep.kernels.memory_chunk import MLPMemory, Stacks
+from wakesleep.kernels.memory_chunk import Chunks, MLPMemory, Stacks
 from wakesleep.kernels.mlp_gradient_triton import (
     D_HIDDEN,
     DG,
@@ -43,14 +43,8 @@ from wakesleep.kernels.mlp_gradient_triton import (
     weights_back,
     write_back,
 )  # fmt: skip
-from wakesleep.kernels.mlp_plan_triton import SHARES, plan_launch
-from wakesleep.kernels.mlp_scan_triton import (
-    features,
-    normalised,
-    outer_step,
-    rule_options,
-    whole,
-)
+from wakesleep.kernels.mlp_plan_triton import SHARES, laid_out, plan_launch, whole_chunks
+from wakesleep.kernels.mlp_scan_triton import features, normalised, outer_step, rule_options
 from wakesleep.kernels.parts_triton import SMALLEST, tile, tokens
 
 
@@ -268,14 +262,7 @@ def mlp_backward_triton(
     starts: Stacks,
     d_stacks: Stacks,
     dy: Tensor | None,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    eta: Tensor | None,
-    step: Tensor,
-    live: Tensor,
-    closed: Tensor,
+    chunks: Chunks,
 ) -> TokenGradients:
     """Gradients from those of y and of the stacks at the end.
 
@@ -285,18 +272,11 @@ def mlp_backward_triton(
         dy: as q, or None if nothing depends on y.
     """
     if dy is None:
-        q = None
-    q, k, v, dy = (x if x is None or whole(x) else x.contiguous() for x in (q, k, v, dy))
-    keep, eta, step, live, closed = (
-        x if x is None else x.contiguous() for x in (keep, eta, step, live, closed)
-    )
-    single = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
-    dq, dk, dv = (None if x is None else torch.empty_like(x, **single) for x in (q, k, v))
-    found, launches = backward_launches(
-        memory, starts, d_stacks, dy, dq, dk, dv, q, k, v, keep, eta, step, live, closed
-    )
-    with torch.cuda.device_of(k):
-        for kernel, grid, args, options in launches if k.numel() else ():
+        chunks = chunks._replace(q=None)
+    chunks, dy = laid_out(chunks), whole_chunks(dy)
+    found, launches = backward_launches(memory, starts, d_stacks, dy, chunks)
+    with torch.cuda.device_of(chunks.k):
+        for kernel, grid, args, options in launches if chunks.k.numel() else ():
             kernel[grid](*args, **options)
     return found
 
@@ -306,25 +286,17 @@ def backward_launches(
     starts: Stacks,
     d_stacks: Stacks,
     dy: Tensor | None,
-    dq: Tensor | None,
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    eta: Tensor | None,
-    step: Tensor,
-    live: Tensor,
-    closed: Tensor,
+    chunks: Chunks,
 ) -> tuple[TokenGradients, list[tuple]]:
     """Places for the gradients, and both kernels with grid, arguments and options."""
+    q, k, v, *_, live, closed = chunks
     N, X, C, K = k.shape
     R = C if q is None else q.shape[2]
-    places, first = plan_launch(q, k, keep, eta, step, live)
+    places, first = plan_launch(chunks)
     options = first[3] | rule_options(memory)
     options |= {"SLICE": SMALLEST.value, "PART": SMALLEST.value}  # for registers, and short code
     edge, empty = max(options["TILE"], K), partial(k.new_empty, dtype=torch.float32)
+    dq, dk, dv = (None if x is None else empty(*x.shape) for x in (q, k, v))
     base = tuple(torch.zeros_like(w, memory_format=torch.contiguous_format) for w in memory.base)
     slow, shares, mix = empty(N, X, 2, K), torch.empty_like(places[0]), torch.empty_like(places[2])
     wide = empty(X, NUM_WIDE.value, edge, memory.base[0].shape[2])

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wakesleep.kernels.memory_chunk import Chunks
 from wakesleep.kernels.parts_triton import (
     SMALLEST,
     add_dot,
@@ -88,15 +89,13 @@ def mlp_plan_kernel(
         tl.store(nears + square, near * mix)
 
 
-def plan_launch(
-    q: Tensor | None, k: Tensor, keep: Tensor, eta: Tensor | None, step: Tensor, live: Tensor
-) -> tuple[list[Tensor], tuple]:
+def plan_launch(chunks: Chunks) -> tuple[list[Tensor], tuple]:
     """Places for shares, overlap, mix and near; the kernel, grid, arguments and options for them.
 
     Args:
-        q: [N, X, R, K] or None = nobody reads; k: [N, X, C, K]; every chunk in one piece.
-        keep, eta, step: [N, X, C]; eta None = no momentum; live: [N, B, C] bool; in one piece.
+        chunks: as `laid_out` gives them.
     """
+    q, k, _, keep, eta, step, live, _ = chunks
     N, X, C, K = k.shape
     R = C if q is None else q.shape[2]
     tile, rows = (max(SMALLEST.value, triton.next_power_of_2(n)) for n in (C, R))
@@ -110,3 +109,19 @@ def plan_launch(
     options = {"K": K, "TILE": tile, "ROWS": rows, "PART": min(K, tile, PART)}
     options |= {"MOMENTUM": eta is not None, "READS": q is not None}
     return places, (mlp_plan_kernel, (N * X,), args, options | {"num_warps": 4, "num_stages": 1})
+
+
+def laid_out(chunks: Chunks) -> Chunks:
+    """The same as the kernels read it: every chunk of q, k and v in one piece, the rest dense."""
+    rest = (x if x is None else x.contiguous() for x in chunks[3:])
+    return Chunks(*map(whole_chunks, chunks[:3]), *rest)
+
+
+def whole_chunks(x: Tensor | None) -> Tensor | None:
+    """x [N, X, C, K], or a copy of it with every chunk in one piece."""
+    return x if x is None or whole(x) else x.contiguous()
+
+
+def whole(x: Tensor) -> bool:
+    """Whether every chunk [C, K] of x [N, X, C, K] lies in one piece."""
+    return x.stride()[2:] == (x.shape[3], 1)

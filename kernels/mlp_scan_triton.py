@@ -35,8 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wakesleep.kernels.dispatch import interpreting
-from wakesleep.kernels.memory_chunk import EPS, SLOPE_BOUND, MLPMemory, Stacks
-from wakesleep.kernels.mlp_plan_triton import SHARES, plan_launch
+from wakesleep.kernels.memory_chunk import EPS, SLOPE_BOUND, Chunks, MLPMemory, Stacks
+from wakesleep.kernels.mlp_plan_triton import SHARES, laid_out, plan_launch, whole
 from wakesleep.kernels.parts_triton import SMALLEST, add_dot, tile, tokens
 
 LARGEST = 64  # of chunks and heads: their squares are in registers
@@ -301,14 +301,7 @@ def mlp_scan_kernel(
 def mlp_scan_triton(
     memory: MLPMemory,
     stacks: Stacks,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    eta: Tensor | None,
-    step: Tensor,
-    live: Tensor,
-    closed: Tensor,
+    chunks: Chunks,
     out: tuple[Tensor | None, Stacks] | None = None,
     starts: Stacks | None = None,
 ) -> tuple[Tensor | None, Stacks, Tensor]:
@@ -317,10 +310,7 @@ def mlp_scan_triton(
     Args:
         memory: float32 weights of X heads.
         stacks: [X, s * K, h] and [X, s * h, K] float32; s = 2 if there is an eta, else 1.
-        q: [N, X, R, K] of the last R tokens of each chunk, or None = nobody reads.
-        k, v: [N, X, C, K].
-        keep, eta, step: [N, X, C] in [0, 1]; eta None = no momentum.
-        live: [N, B, C] bool, written; closed: [N, B] bool.
+        chunks: every live token is written.
         out: the first two of what is returned, to be overwritten; made if None.
         starts: places [N, ...] for the stacks at the start of each chunk.
 
@@ -331,7 +321,8 @@ def mlp_scan_triton(
     Raises:
         ValueError: shapes, dtypes or devices do not fit each other.
     """
-    _check(memory, stacks, q, k, v, keep, eta, step, live, closed)
+    _check(memory, stacks, chunks)
+    q, k = chunks.q, chunks.k
     if out is None:
         out = None if q is None else torch.empty_like(q), tuple(map(torch.empty_like, stacks))
     y, end = out
@@ -345,15 +336,14 @@ def mlp_scan_triton(
         if place.shape != (len(k), *stack.shape) or not place.is_contiguous():
             raise ValueError(f"starts must have {[len(k), *stack.shape]} in one piece")
     if k.numel() == 0:
-        return y, end, torch.zeros_like(keep, dtype=torch.float32)
-    q, k, v = (x if x is None or whole(x) else x.contiguous() for x in (q, k, v))
-    gates = (x if x is None else x.contiguous() for x in (keep, eta, step, live, closed))
-    norms = torch.empty_like(keep, dtype=torch.float32, memory_format=torch.contiguous_format)
+        return y, end, torch.zeros_like(chunks.keep, dtype=torch.float32)
+    chunks = laid_out(chunks)
+    norms = torch.empty_like(chunks.keep, dtype=torch.float32)
     with torch.cuda.device_of(k):
-        for kernel, grid, args, options in launches(y, norms, end, starts, memory, q, k, v, *gates):
+        for kernel, grid, args, options in launches(y, norms, end, starts, memory, chunks):
             kernel[grid](*args, **options)
-    written = live.repeat_interleave(k.shape[1] // live.shape[1], 1)
-    return y, end, norms * step * written
+    written = chunks.live.repeat_interleave(k.shape[1] // chunks.live.shape[1], 1)
+    return y, end, norms * chunks.step * written
 
 
 def launches(
@@ -362,19 +352,13 @@ def launches(
     end: Stacks,
     starts: Stacks | None,
     memory: MLPMemory,
-    q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    eta: Tensor | None,
-    step: Tensor,
-    live: Tensor,
-    closed: Tensor,
+    chunks: Chunks,
 ) -> list[tuple]:
-    """Both kernels with grid, arguments and options; the tensors, on any device, are checked."""
+    """Both kernels with grid, arguments and options; tensors, on any device, are `laid_out`."""
+    q, k, v, *_, live, closed = chunks
     N, X, C, K = k.shape
     R, h = C if q is None else q.shape[2], end[0].shape[2]
-    planned, first = plan_launch(q, k, keep, eta, step, live)
+    planned, first = plan_launch(chunks)
     options = first[3] | rule_options(memory) | {"KEEPS": starts is not None}
     scratch = k.new_empty(X, options["TILE"], h + K + options["SLICE"], dtype=torch.float32)
     answer, query = (k, k) if q is None else (y, q)
@@ -404,13 +388,9 @@ def slice_width(h: int) -> int:
     return min(SLICE, h & -h)
 
 
-def whole(x: Tensor) -> bool:
-    """Whether every chunk [C, K] of x [N, X, C, K] lies in one piece."""
-    return x.stride()[2:] == (x.shape[3], 1)
-
-
-def _check(memory, stacks, q, k, v, keep, eta, step, live, closed) -> None:
+def _check(memory: MLPMemory, stacks: Stacks, chunks: Chunks) -> None:
     """Refuse what the kernels would read wrongly, or out of bounds."""
+    q, k, v, keep, eta, step, live, closed = chunks
     N, X, C, K = k.shape
     B, h, levels = live.shape[1], stacks[0].shape[-1], 1 if eta is None else 2
     wanted = {

@@ -87,7 +87,8 @@ def delta_case(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
     """All chunks of a call, every token written; the state is float32 in every dtype."""
     from wakesleep.kernels.delta_rule import DeltaMemory
     from wakesleep.kernels.delta_rule_triton import delta_rule_triton
-    from wakesleep.ttl.memory_scan import Chunks, scan
+    from wakesleep.kernels.memory_chunk import Chunks
+    from wakesleep.ttl.memory_scan import scan
 
     B, H, C, _, _, K, N = size
     X = B * H
@@ -130,16 +131,16 @@ def mlp_inputs(size: tuple[int, ...], dtype: torch.dtype, device: str) -> list[T
 
 def run_mlp(inputs: list[Tensor], lanes: int, kernel: bool) -> tuple[Tensor, ...]:
     """y, stacks and surprise, every token written."""
-    from wakesleep.kernels.memory_chunk import MLPMemory
+    from wakesleep.kernels.memory_chunk import Chunks, MLPMemory
     from wakesleep.kernels.mlp_autograd_triton import mlp_scan
-    from wakesleep.ttl.memory_scan import Chunks, scan
+    from wakesleep.ttl.memory_scan import scan
 
     N, _, C, K = inputs[7].shape
     memory = MLPMemory(C, 0.1, K**0.5, tuple(inputs[:2]), *inputs[2:4])
     live = torch.ones(N, lanes, C, dtype=torch.bool, device=inputs[0].device)
     stacks, chunks = tuple(inputs[4:6]), Chunks(*inputs[6:], live, live[:, :, 0])
     if kernel:
-        y, stacks, surprise = mlp_scan(memory, stacks, *chunks)
+        y, stacks, surprise = mlp_scan(memory, stacks, chunks)
         return y, *stacks, surprise
     run = scan(memory, stacks, chunks, inputs[0].new_zeros(lanes, 2))
     return run.y, *run.stacks, run.surprise

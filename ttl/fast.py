@@ -33,10 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wakesleep.kernels.delta_rule import DeltaMemory
+from wakesleep.kernels.memory_chunk import Chunks
 from wakesleep.kernels.rehearsed_write import first_weights, mlp_answer
 from wakesleep.ttl.grid import Grid, carry, from_chunks, gather, scatter, to_chunks
 from wakesleep.ttl.key_space import KeySpace, unit_key
-from wakesleep.ttl.memory_scan import Chunks, scan
+from wakesleep.ttl.memory_scan import scan
 from wakesleep.ttl.state import FastState, KeyState, ProbeState
 
 PROBES = 256  # per head: half of them for the gate, half for an audit that it never sees

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from wakesleep.kernels.convolution import short_convolution
 from wakesleep.kernels.delta_rule import DeltaMemory
-from wakesleep.kernels.memory_chunk import MatrixMemory, MLPMemory, Stacks
+from wakesleep.kernels.memory_chunk import Chunks, MatrixMemory, MLPMemory, Stacks
 from wakesleep.ttl.grid import Grid, carry, from_chunks, gather, scatter, to_chunks
-from wakesleep.ttl.memory_scan import Chunks, Memory, Scan, scan
+from wakesleep.ttl.memory_scan import Memory, Scan, scan
 from wakesleep.ttl.state import MemoryState
 
 NORM_EPS = 1e-6

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from wakesleep.kernels.delta_rule import DeltaMemory
 from wakesleep.kernels.dispatch import delta_rule_form, mlp_scan_form
 from wakesleep.kernels.memory_chunk import (
+    Chunks,
     MatrixMemory,
     MLPMemory,
     Plan,
@@ -37,19 +38,6 @@ HORIZON = 4096  # tokens over which the running mean of surprise forgets
 
 Memory = MatrixMemory | MLPMemory | DeltaMemory
 Part = TypeVar("Part", bound=tuple)
-
-
-class Chunks(NamedTuple):
-    """Tokens of a call on their grid of chunks, or of one chunk as far as it is filled."""
-
-    q: Tensor | None  # [N, X, C, K], or of the chunk's last tokens alone; None = nobody reads
-    k: Tensor  # [N, X, C, K]
-    v: Tensor  # [N, X, C, K]
-    keep: Tensor  # [N, X, C]
-    eta: Tensor | None  # [N, X, C]; None = no momentum
-    step: Tensor  # [N, X, C]
-    live: Tensor  # [N, B, C] bool, may be written
-    closed: Tensor  # [N, B] bool, the chunk is complete and counts
 
 
 class Scan(NamedTuple):
@@ -118,7 +106,7 @@ def _scan_mlp(memory: MLPMemory, stacks: Stacks, chunks: Chunks, mean: Tensor) -
     """All chunks of an MLP at once, every live token written."""
     from wakesleep.kernels.mlp_autograd_triton import mlp_scan
 
-    y, stacks, surprise = mlp_scan(memory, stacks, *chunks)
+    y, stacks, surprise = mlp_scan(memory, stacks, chunks)
     return Scan(y, stacks, surprise, chunks.live, mean)
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from wakesleep.kernels.memory_chunk import MLPMemory
+from wakesleep.kernels.memory_chunk import Chunks, MLPMemory
 from wakesleep.kernels.mlp_backward_triton import backward_launches
 from wakesleep.kernels.mlp_scan_triton import launches, stack_bytes
 
@@ -35,10 +35,10 @@ def shipped():
         (empty(X, 2 * K, h), empty(X, 2 * h, K)),
     )
     flags = empty(N, B, C, dtype=torch.bool), empty(N, B, dtype=torch.bool)
-    inputs = (*[tokens] * 3, *[gates] * 3, *flags)
-    forward = launches(tokens, gates, stacks, None, memory, *inputs)
+    chunks = Chunks(*[tokens] * 3, *[gates] * 3, *flags)
+    forward = launches(tokens, gates, stacks, None, memory, chunks)
     starts = tuple(empty(N, *s.shape) for s in stacks)
-    _, backward = backward_launches(memory, starts, stacks, *[tokens] * 4, *inputs)
+    _, backward = backward_launches(memory, starts, stacks, tokens, chunks)
     return [*forward, backward[1]]
 
 

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from wakesleep.kernels import delta_rule_triton as kernel_module
 from wakesleep.kernels.delta_rule import DeltaMemory
 from wakesleep.kernels.delta_rule_triton import delta_rule_triton
+from wakesleep.kernels.memory_chunk import Chunks
 from wakesleep.kernels.memory_reference import Tokens, delta_loop
 from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.memory import MemoryConfig
-from wakesleep.ttl.memory_scan import Chunks, scan
+from wakesleep.ttl.memory_scan import scan
 from wakesleep.ttl.model import ModelConfig, TTLModel
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wakesleep.kernels import mlp_autograd_triton as scan_module
-from wakesleep.kernels.memory_chunk import MLPMemory
+from wakesleep.kernels.memory_chunk import Chunks, MLPMemory
 from wakesleep.kernels.memory_reference import Rule, Tokens, memory_loop
 from wakesleep.kernels.mlp_autograd_triton import mlp_scan
 from wakesleep.kernels.mlp_scan_triton import mlp_scan_triton
 from wakesleep.ttl.memory import MemoryConfig
-from wakesleep.ttl.memory_scan import Chunks, scan
+from wakesleep.ttl.memory_scan import scan
 from wakesleep.ttl.model import ModelConfig, TTLModel
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3}  # of what is read
@@ -33,7 +33,7 @@ SMALL = (2, 2, 1, 5, 5, 16, 32, True, 2.5)
 
 
 def make(size, dtype=torch.float32, live=0.7):
-    """The arguments, with steps that one sees; the last chunk of every other lane is open."""
+    """Memory, stacks and chunks, with steps that one sees; every other lane's last one is open."""
     N, B, H, C, R, K, h, momentum, limit = size
     X, levels = B * H, 1 + momentum
     base = torch.randn(X, K, h), torch.randn(X, h, K) / h
@@ -43,8 +43,8 @@ def make(size, dtype=torch.float32, live=0.7):
     keep, eta, step = (torch.rand(N, X, C) ** power for power in (0.1, 1.0, 0.3))
     closed = torch.ones(N, B, dtype=torch.bool)
     closed[-1, 1::2] = False
-    return [memory, stacks, q, k, torch.randn(N, X, C, K).to(dtype), keep,
-            eta if momentum else None, step, torch.rand(N, B, C) < live, closed]  # fmt: skip
+    v, live = torch.randn(N, X, C, K).to(dtype), torch.rand(N, B, C) < live
+    return memory, stacks, Chunks(q, k, v, keep, eta if momentum else None, step, live, closed)
 
 
 def double(x):
@@ -54,13 +54,17 @@ def double(x):
     return tuple(map(double, x)) if isinstance(x, tuple) else x
 
 
-def exact(memory, stacks, q, k, v, keep, eta, step, live, closed):
-    """The PyTorch form in float64: y, the stacks, surprise."""
-    memory = MLPMemory(*map(double, memory))
-    chunks = Chunks(*map(double, (q, k, v, keep, eta, step)), live, closed)
-    with torch.no_grad():
-        run = scan(memory, double(stacks), chunks, torch.zeros(live.shape[1], 2))
+def in_pytorch(memory, stacks, chunks):
+    """The PyTorch form: y, the stacks, surprise."""
+    run = scan(memory, stacks, chunks, torch.zeros(chunks.live.shape[1], 2))
     return run.y, run.stacks, run.surprise
+
+
+@torch.no_grad()
+def exact(memory, stacks, chunks):
+    """The same in float64."""
+    memory, chunks = MLPMemory(*map(double, memory)), Chunks(*map(double, chunks))
+    return in_pytorch(memory, double(stacks), chunks)
 
 
 def assert_same(found, inputs, dtype=torch.float32, expected=None):
@@ -70,7 +74,8 @@ def assert_same(found, inputs, dtype=torch.float32, expected=None):
     if expected[0] is not None:
         torch.testing.assert_close(found[0].double(), expected[0], rtol=rtol, atol=atol)
     torch.testing.assert_close(found[2].double(), expected[2], rtol=2e-5, atol=2e-5)
-    left = exact(*inputs[:7], torch.zeros_like(inputs[7]), *inputs[8:])[1]
+    memory, stacks, chunks = inputs
+    left = exact(memory, stacks, chunks._replace(step=torch.zeros_like(chunks.step)))[1]
     for x, y, before in zip(found[1], expected[1], left, strict=True):
         atol = STACK_TOLERANCE * float((y - before).abs().max()) + 1e-6 * float(y.abs().max())
         torch.testing.assert_close(x.double(), y, rtol=0, atol=atol)
@@ -86,16 +91,15 @@ def banded(x, fill=torch.nan):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @sizes
 def test_results_are_right_and_nothing_outside_is_read_or_written(size, dtype, guarded):
-    memory, stacks, q, k, v, *gates = make(size, dtype)
-    inputs = [memory, stacks, q, k, v, *gates]
-    gates = [g if g is None or g.dtype == torch.bool else banded(g) for g in gates]
+    memory, stacks, chunks = inputs = make(size, dtype)
+    gates = [None if g is None else banded(g) for g in chunks[3:6]]
     slow = [banded(x) for x in (*memory.base, *memory[4:])]
     memory = memory._replace(base=tuple(slow[:2]), gamma=slow[2], bias=slow[3])
     places = [torch.full((len(s) + 2, *s.shape[1:]), torch.nan) for s in stacks]
-    tokens = [guarded.copy(x.flatten(2)).view(x.shape) for x in (q, k, v)]
-    y = guarded.output(*q.flatten(2).shape, dtype=dtype).view(q.shape)
+    tokens = [guarded.copy(x.flatten(2)).view(x.shape) for x in chunks[:3]]
+    y = guarded.output(*chunks.q.flatten(2).shape, dtype=dtype).view(chunks.q.shape)
     out = y, tuple(p[1:-1] for p in places)
-    found = mlp_scan_triton(memory, stacks, *tokens, *gates, out=out)
+    found = mlp_scan_triton(memory, stacks, Chunks(*tokens, *gates, *chunks[6:]), out=out)
     assert found[0] is y and found[1] is out[1]
     assert_same(found, inputs, dtype)
     guarded.check()
@@ -104,17 +108,13 @@ def test_results_are_right_and_nothing_outside_is_read_or_written(size, dtype, g
 
 @pytest.mark.parametrize("momentum", [True, False])
 def test_results_equal_those_of_the_token_loop(momentum):
-    inputs = make((2, 1, 1, 9, 9, 16, 32, momentum, 2.5))
-    inputs[9][:] = True
-    memory, stacks, q, k, v, keep, eta, step, live, _ = inputs
-    q, k, v, keep, eta, step = (
-        None if x is None else x[:, 0].flatten(0, 1).double() for x in (q, k, v, keep, eta, step)
-    )
+    memory, stacks, chunks = inputs = make((2, 1, 1, 9, 9, 16, 32, momentum, 2.5))
+    chunks.closed[:] = True
+    flat = (None if x is None else double(x[:, 0].flatten(0, 1)) for x in chunks[:7])
     base = tuple(w[0].double() for w in memory.base)
     rule = Rule(9, 1.0, 2.5, base, memory.gamma[0, 0].double(), memory.bias[0, 0].double())
     start = [s[0].double().split(len(w)) for s, w in zip(stacks, base, strict=True)]
-    tokens = Tokens(q, k, v, keep, eta, step, live[:, 0].flatten())
-    y, *after = memory_loop(rule, *(tuple(s[i] for s in start) for i in (0, -1)), tokens)
+    y, *after = memory_loop(rule, *(tuple(s[i] for s in start) for i in (0, -1)), Tokens(*flat))
     levels = after if momentum else after[:1]
     after = tuple(torch.cat(level).detach()[None] for level in zip(*levels, strict=True))
     found = mlp_scan_triton(*inputs)
@@ -123,19 +123,18 @@ def test_results_equal_those_of_the_token_loop(momentum):
 
 
 def test_queries_of_the_last_tokens_get_what_those_get_among_all():
-    inputs = make((2, 1, 2, 17, 17, 16, 32, True, 2.5))
-    whole = mlp_scan_triton(*inputs)
+    *start, chunks = make((2, 1, 2, 17, 17, 16, 32, True, 2.5))
+    whole = mlp_scan_triton(*start, chunks)
     for R in (1, 5, 16):
-        some = mlp_scan_triton(*inputs[:2], inputs[2][:, :, -R:], *inputs[3:])
+        some = mlp_scan_triton(*start, chunks._replace(q=chunks.q[:, :, -R:]))
         torch.testing.assert_close(some[0], whole[0][:, :, -R:], rtol=1e-5, atol=1e-5)
         assert all(map(torch.equal, some[1], whole[1]))
 
 
 def test_nobody_needs_to_read():
-    inputs = make(SMALL)
-    expected = mlp_scan_triton(*inputs)
-    inputs[2] = None
-    y, end, surprise = mlp_scan_triton(*inputs)
+    *start, chunks = make(SMALL)
+    expected = mlp_scan_triton(*start, chunks)
+    y, end, surprise = mlp_scan_triton(*start, chunks._replace(q=None))
     assert y is None and torch.equal(surprise, expected[2])
     assert all(map(torch.equal, end, expected[1]))
 
@@ -144,20 +143,20 @@ def test_nobody_needs_to_read():
 @pytest.mark.parametrize("eta", [0, 1])
 @pytest.mark.parametrize("step", [0, 1])
 def test_gates_may_be_exactly_zero_or_one(keep, eta, step):
-    inputs = make((2, 1, 1, 16, 16, 16, 16, True, 2.5), live=1.0)
+    *start, chunks = make((2, 1, 1, 16, 16, 16, 16, True, 2.5), live=1.0)
     some = torch.rand(3, 2, 1, 16) < 0.5
-    for at, gate in enumerate((keep, eta, step)):
-        inputs[5 + at] = torch.where(some[at], gate, inputs[5 + at])
+    gates = map(torch.where, some, (keep, eta, step), chunks[3:6])
+    inputs = *start, Chunks(*chunks[:3], *gates, *chunks[6:])
     assert_same(mlp_scan_triton(*inputs), inputs)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinite numbers
 def test_a_chunk_that_is_open_leaves_the_stacks_as_they_are_whatever_is_in_it():
-    inputs = make(SMALL)
-    inputs[9][:] = False
-    inputs[4][:, :, 3] = torch.inf
-    _, end, _ = mlp_scan_triton(*inputs)
-    assert all(map(torch.equal, end, inputs[1]))
+    memory, stacks, chunks = make(SMALL)
+    chunks.closed[:] = False
+    chunks.v[:, :, 3] = torch.inf
+    _, end, _ = mlp_scan_triton(memory, stacks, chunks)
+    assert all(map(torch.equal, end, stacks))
 
 
 def test_nothing_that_is_not_live_is_written():
@@ -169,7 +168,7 @@ def test_nothing_that_is_not_live_is_written():
 def test_a_token_changes_nothing_before_it_and_in_no_other_head():
     inputs = make((2, 1, 2, 17, 17, 16, 32, True, 2.5), live=1.0)
     before = mlp_scan_triton(*inputs)
-    inputs[4][0, 1, 9] += 1
+    inputs[2].v[0, 1, 9] += 1
     y, end, _ = mlp_scan_triton(*inputs)
     changed = (before[0] != y).any(-1)
     assert changed[0, 1, 9:].all() and changed[1, 1].all()
@@ -182,7 +181,8 @@ def test_a_token_changes_nothing_before_it_and_in_no_other_head():
 def test_offsets_may_exceed_31_bits(far, tmp_path):
     """Strides of 2^30 elements, in a file without content; 32 bits would wrap to before it."""
     space = torch.from_file(str(tmp_path / "sparse"), True, 3 * FAR, dtype=torch.float16)
-    inputs, taken = make((3, 1, 3, 2, 2, 16, 16, True, 2.5), torch.float16), 0
+    memory, stacks, chunks = inputs = make((3, 1, 3, 2, 2, 16, 16, True, 2.5), torch.float16)
+    taken = 0
 
     def apart(x):
         nonlocal taken
@@ -190,27 +190,27 @@ def test_offsets_may_exceed_31_bits(far, tmp_path):
         taken += 8192
         return space.as_strided(x.shape, strides, taken - 8192).copy_(x)
 
-    out = apart(torch.zeros_like(inputs[2])), tuple(map(torch.empty_like, inputs[1]))
-    tokens = [apart(x) for x in inputs[2:5]]
-    y, *rest = mlp_scan_triton(*inputs[:2], *tokens, *inputs[5:], out=out)
+    out = apart(torch.zeros_like(chunks.q)), tuple(map(torch.empty_like, stacks))
+    chunks = Chunks(*map(apart, chunks[:3]), *chunks[3:])
+    y, *rest = mlp_scan_triton(memory, stacks, chunks, out=out)
     assert_same((y.clone(), *rest), inputs, torch.float16)
 
 
 def test_misuse_is_refused():
-    good = make(SMALL)
-    memory, (first, second) = good[:2]
+    memory, stacks, chunks = good = make(SMALL)
+    first, second = stacks
     wrong = {
         r"stacks\[0\] must be \[2, 32, 32\] of torch.float32": (1, (first.half(), second)),
         r"stacks\[1\] must be \[2, 64, 16\]": (1, (first, second[:, 1:])),
         r"base\[0\] must be": (0, memory._replace(base=memory.base[::-1])),
         r"gamma must be \[2, 1, 16\]": (0, memory._replace(gamma=memory.gamma[:1])),
         r"bias must be .* torch.float32": (0, memory._replace(bias=memory.bias.double())),
-        r"q must be \[2, 2, 5, 16\]": (2, torch.cat(2 * [good[2]], 2)),
-        "v must be": (4, good[4].half()),
-        "eta must be": (6, good[6][:1]),
-        "step must be": (7, good[7].half()),
-        "live must be": (8, good[8].float()),
-        r"closed must be \[2, 2\]": (9, good[9][:, :1]),
+        r"q must be \[2, 2, 5, 16\]": (2, chunks._replace(q=torch.cat(2 * [chunks.q], 2))),
+        "v must be": (2, chunks._replace(v=chunks.v.half())),
+        "eta must be": (2, chunks._replace(eta=chunks.eta[:1])),
+        "step must be": (2, chunks._replace(step=chunks.step.half())),
+        "live must be": (2, chunks._replace(live=chunks.live.float())),
+        r"closed must be \[2, 2\]": (2, chunks._replace(closed=chunks.closed[:, :1])),
     }
     for message, (at, value) in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -222,7 +222,7 @@ def test_misuse_is_refused():
         mlp_scan_triton(*make((1, 1, 1, 5, 5, 16, 24, True, 2.5)))
     with pytest.raises(ValueError, match="bfloat16 cannot be interpreted"):
         mlp_scan_triton(*make(SMALL, torch.bfloat16))
-    for out in ((None, good[1]), (good[2], (first, second[:1])), (good[2].mT, good[1])):
+    for out in ((None, stacks), (chunks.q, (first, second[:1])), (chunks.q.mT, stacks)):
         with pytest.raises(ValueError, match="out"):
             mlp_scan_triton(*good, out=out)
 
@@ -237,9 +237,9 @@ def leaves_of(inputs, dtype):
             return tensors[-1]
         return tuple(map(leaf, x)) if isinstance(x, tuple) else x
 
-    memory = inputs[0]
-    copies = [MLPMemory(*memory[:3], *map(leaf, memory[3:])), *map(leaf, inputs[1:])]
-    return copies, tensors
+    memory, stacks, chunks = inputs
+    memory = MLPMemory(*memory[:3], *map(leaf, memory[3:]))
+    return (memory, leaf(stacks), Chunks(*map(leaf, chunks))), tensors
 
 
 def gradients(inputs, dtype, wanted, run):
@@ -253,17 +253,12 @@ def gradients(inputs, dtype, wanted, run):
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)]
 
 
-def by_autograd(memory, stacks, *inputs):
-    run = scan(memory, stacks, Chunks(*inputs), torch.zeros(inputs[6].shape[1], 2))
-    return run.y, run.stacks, None
-
-
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2,)], ids=str)
 @pytest.mark.parametrize("size", [SMALL, (2, 1, 2, 17, 3, 32, 48, False, 5.0)], ids=str)
 def test_gradients_equal_those_of_autograd(size, wanted, monkeypatch):
     inputs = make(size)
     monkeypatch.setenv("WAKESLEEP_KERNELS", "torch")
-    expected = gradients(inputs, torch.float64, wanted, by_autograd)
+    expected = gradients(inputs, torch.float64, wanted, in_pytorch)
     found = gradients(inputs, torch.float32, wanted, mlp_scan)
     for x, y in zip(found, expected, strict=True):
         atol = 1e-4 * float(y.abs().max())
