@@ -19,6 +19,7 @@ from wakesleep.streams.babi import spread_babi, write_babi
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.facts import FactMaker
 from wakesleep.streams.id_files import fingerprint, ids_sha256, map_ids
+from wakesleep.streams.random_pairs import write_latest_pairs, write_pairs
 from wakesleep.streams.reversed_facts import write_reversed
 from wakesleep.streams.sequences import (
     ANSWER_KINDS,
@@ -27,7 +28,6 @@ from wakesleep.streams.sequences import (
     RecallConfig,
     Sequence,
     write_dense,
-    write_pairs,
     write_recall,
 )
 from wakesleep.streams.stories import write_story
@@ -36,7 +36,16 @@ from wakesleep.ttl.config_json import parse_json
 
 EXCERPT = 128  # tokens around a hard place
 SORTS = (
-    *("pairs", "pairs_reversed", "dense", "reversed", "recall", "changes", "stories"),
+    *(
+        "pairs",
+        "pairs_reversed",
+        "pairs_latest",
+        "dense",
+        "reversed",
+        "recall",
+        "changes",
+        "stories",
+    ),
     *("babi", "babi_in_text", "language"),
 )
 STAGED = ("facts_min", "facts_max", "far")  # keys of RecallConfig
@@ -60,6 +69,7 @@ class MixtureConfig:
         0.05,
     )  # random tokens to be copied, close together, no text between
     pairs_reversed: tuple[float, ...] = (0.0,)  # the same, with the value before its name
+    pairs_latest: tuple[float, ...] = (0.0,)  # the same, values change, the last one counts
     dense: tuple[float, ...] = (0.1,)  # many facts close together, no text between
     reversed: tuple[float, ...] = (0.0,)  # the same, with the value before what it is asked by
     recall: tuple[float, ...] = (0.45,)  # facts in text
@@ -187,6 +197,8 @@ class Mixture:
                 write_pairs(page)
             case "pairs_reversed":
                 write_pairs(page, turned=True)
+            case "pairs_latest":
+                write_latest_pairs(page)
             case "dense":
                 write_dense(page, maker)
             case "reversed":

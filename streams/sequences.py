@@ -6,9 +6,7 @@ would like to be, then moved apart; what they leave free is one passage of the c
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,16 +22,15 @@ from wakesleep.streams.prompts import (
     wrap_answer,
     wrap_question,
 )
-from wakesleep.streams.tokenizer import NUM_SPECIAL, Tokenizer
+from wakesleep.streams.tokenizer import Tokenizer
 
 LINE_SHARE = 0.25  # of statements that begin a line; the others stand inside a paragraph
 FILL = 0.75  # of a sequence that statements and questions take at most, unless it is a dense one
 EPISODE = (2, 16)  # facts of one episode of a dense sequence
 DENSE_CHANGES = 0.2  # share of the facts of a dense sequence that change
-NAME_TOKENS, PART_TOKENS, VALUE_TOKENS = (1, 3), (1, 2), (1, 5)  # of a pair of random tokens
-PAIR, STORY, UNKNOWN, REVERSED = "pair", "story", "unknown", "reversed"
+PAIR, STORY, UNKNOWN, REVERSED, LATEST = "pair", "story", "unknown", "reversed", "latest_pair"
 BABI = ("qa1", "qa2", "qa3", "qa4", "qa5")
-ANSWER_KINDS = (*TRAINED_KINDS, LOOSE, PAIR, STORY, UNKNOWN, *BABI, REVERSED)
+ANSWER_KINDS = (*TRAINED_KINDS, LOOSE, PAIR, STORY, UNKNOWN, *BABI, REVERSED, LATEST)
 
 
 Run = tuple[int, ...]  # ids that follow each other
@@ -145,25 +142,44 @@ class Page:
         ids = [*prompt, *encode_answer(self.tokenizer, answer)]
         self._add(Piece(target, ids, range(len(prompt), len(ids)), source, kind))
 
-    def pair(self, name: Run, value: Run, *, turned: bool = False) -> int:
-        """Add the statement that one run of tokens is the value of another, behind all others.
+    def pair(
+        self,
+        name: Run,
+        value: Run,
+        *,
+        turned: bool = False,
+        valid: bool = True,
+        target: float | None = None,
+    ) -> int:
+        """Add the statement that one run of tokens is the value of another.
 
         Args:
             turned: the value stands before its name.
+            valid: no later statement says something else.
+            target: where it would like to begin; None: behind all others.
         """
         verb, end = (self.tokenizer.encode(text) for text in (" of" if turned else " is", "."))
         first, second = (value, name) if turned else (name, value)
         begin = 0 if turned else len(name) + len(verb)
         where = range(begin, begin + len(value))
         ids = [*first, *verb, *second, *end]
-        return self._add(Piece(self.used, ids, where, None, None, valid=True))
+        target = self.used if target is None else target
+        return self._add(Piece(target, ids, where, None, None, valid))
 
-    def ask_pair(self, name: Run, value: Run | None, source: int | None) -> None:
+    def ask_pair(
+        self,
+        name: Run,
+        value: Run | None,
+        source: int | None,
+        kind: str = PAIR,
+        target: float | None = None,
+    ) -> None:
         """Add the question for the value of a name, None if it has none."""
         prompt = wrap_question(name)
         ids = [*prompt, *wrap_answer(value)]
-        kind = UNKNOWN if value is None else PAIR
-        self._add(Piece(self.used, ids, range(len(prompt), len(ids)), source, kind))
+        kind = UNKNOWN if value is None else kind
+        target = self.used if target is None else target
+        self._add(Piece(target, ids, range(len(prompt), len(ids)), source, kind))
 
     def drop_to(self, count: int) -> None:
         """Take the pieces from number `count` on back."""
@@ -249,50 +265,6 @@ def write_dense(page: Page, maker: FactMaker) -> None:
         else:
             page.drop_to(before)
             wanted //= 2
-
-
-def write_pairs(page: Page, *, turned: bool = False) -> None:
-    """Fill a page with episodes of random tokens: some are the names of others, then asked for.
-
-    There is no list of values to learn by heart: copying is the only way to answer, and it is
-    learned long before it is from facts.
-
-    Args:
-        turned: values stand before their names, and half of the episodes have names of two parts
-            that recur, so that it takes both to tell which is meant.
-    """
-    wanted = page.draw.randint(*EPISODE)
-    while wanted:
-        before = len(page.pieces)
-        parted = turned and page.draw.random() < 0.5
-        drawn = _grid(page, wanted) if parted else _random_names(page, wanted)
-        names = {name: _random_ids(page, VALUE_TOKENS) for name in drawn}
-        sources = {name: page.pair(name, value, turned=turned) for name, value in names.items()}
-        for name in page.draw.sample(list(names), len(names)):
-            page.ask_pair(name, names[name], sources[name])
-            if page.draw.random() < page.config.unknown_odds:
-                page.ask_pair(_random_ids(page, NAME_TOKENS), None, None)
-        if page.used <= page.length:
-            wanted = page.draw.randint(*EPISODE)
-        else:
-            page.drop_to(before)
-            wanted //= 2
-
-
-def _random_names(page: Page, count: int) -> Iterator[Run]:
-    return (_random_ids(page, NAME_TOKENS) for _ in range(count))
-
-
-def _grid(page: Page, count: int) -> list[Run]:
-    """Names of two parts each, out of as few parts as it takes and one more."""
-    few = range(math.isqrt(count) + 1)
-    first, second = ([_random_ids(page, PART_TOKENS) for _ in few] for _ in range(2))
-    return page.draw.sample([a + b for a in first for b in second], count)
-
-
-def _random_ids(page: Page, count: tuple[int, int]) -> Run:
-    low, high = NUM_SPECIAL, page.tokenizer.vocab_size
-    return tuple(page.draw.randrange(low, high) for _ in range(page.draw.randint(*count)))
 
 
 def _write_episode(page: Page, maker: FactMaker, count: int) -> None:

@@ -148,7 +148,7 @@ def test_ages_are_measured_from_the_answer_back_to_the_value(folder):
             begin = max(np.flatnonzero(row.tokens[:value] == i)[-1:].sum() for i in (FILLER, 3))
             sentence = text_of(data, row.tokens[begin : value + len(ids) + 1])
             question = text_of(data, row.tokens[:start]).rpartition("<Q>")[2]
-            if data.kinds[kind] not in ("story", "pair"):
+            if data.kinds[kind] not in ("story", "pair", "latest_pair"):
                 _, entity = asked(question.strip().removesuffix("<A>")).pop()
                 assert entity in sentence.rpartition(". ")[2] or entity in sentence
             far += age > 320
@@ -187,6 +187,30 @@ def test_reversed_pairs_are_asked_by_the_name_behind_the_value_and_often_by_both
             shared += any(other[0] == name[0] or other[-1] == name[-1] for other in others)
             said.append((name, value))
     assert len(said) > 100 and 0.2 < shared / len(said) < 0.7
+
+
+def test_of_pairs_that_change_the_last_value_counts_and_many_lie_far_apart(folder):
+    data = mixture(folder, "pairs_latest")
+    (verb,) = data.tokenizer.encode(" is")
+    older, apart, asked_of = 0, 0, 0
+    for row in sequences(data):
+        tokens = row.tokens.tolist()
+        for start, stop, age, kind in row.answers:
+            assert data.kinds[kind] == "latest_pair"
+            name = tokens[start - tokens[:start][::-1].index(1) : start - 1]
+            head = [*name, verb]
+            said = [
+                at + len(head)
+                for at in range(start)
+                if tokens[at : at + len(head)] == head and row.value[at + len(head)]
+            ]
+            value = tokens[start : stop - 1]
+            assert said[-1] == start - age and tokens[said[-1] :][: len(value)] == value
+            assert row.fact[said[-1]] and not row.fact[said[:-1]].any()
+            asked_of += 1
+            older += len(said) > 1
+            apart += len(said) > 1 and age > 320
+    assert asked_of > 100 and older > 0.5 * asked_of and apart > 30
 
 
 def test_no_statement_is_asked_twice_by_the_same_question(folder):
