@@ -182,6 +182,8 @@ def delta_rule_triton(
         ValueError: shapes, dtypes or devices do not fit each other.
     """
     _check(state, q, k, v, keep, step, live, closed)
+    q, k, v = (x if x is None or _whole(x) else x.contiguous() for x in (q, k, v))
+    state = state.contiguous()
     if out is None:
         out = None if q is None else torch.empty_like(q), torch.empty_like(state)
     y, end = out
@@ -191,8 +193,7 @@ def delta_rule_triton(
         raise ValueError(f"out[0] must be {list(q.shape)} with every chunk in one piece")
     if k.numel() == 0:
         return y, end.copy_(state), torch.zeros_like(keep, dtype=torch.float32)
-    q, k, v = (x if x is None or _whole(x) else x.contiguous() for x in (q, k, v))
-    dense = [x.contiguous() for x in (state, keep, step, live, closed)]
+    dense = [state, *(x.contiguous() for x in (keep, step, live, closed))]
     N, X, C, K = k.shape
     squares = k.new_empty(max(1, K // COLUMNS), N, X, C, dtype=torch.float32)
     with torch.cuda.device_of(k):

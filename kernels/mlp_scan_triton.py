@@ -322,9 +322,11 @@ def mlp_scan_triton(
         ValueError: shapes, dtypes or devices do not fit each other.
     """
     _check(memory, stacks, chunks)
+    chunks = laid_out(chunks)
     q, k = chunks.q, chunks.k
     if out is None:
-        out = None if q is None else torch.empty_like(q), tuple(map(torch.empty_like, stacks))
+        end = (torch.empty_like(s, memory_format=torch.contiguous_format) for s in stacks)
+        out = None if q is None else torch.empty_like(q), tuple(end)
     y, end = out
     if (y is None) != (q is None) or (y is not None and (y.shape != q.shape or not whole(y))):
         raise ValueError("out[0] must be as q is, with every chunk in one piece")
@@ -337,7 +339,6 @@ def mlp_scan_triton(
             raise ValueError(f"starts must have {[len(k), *stack.shape]} in one piece")
     if k.numel() == 0:
         return y, end, torch.zeros_like(chunks.keep, dtype=torch.float32)
-    chunks = laid_out(chunks)
     norms = torch.empty_like(chunks.keep, dtype=torch.float32)
     with torch.cuda.device_of(k):
         for kernel, grid, args, options in launches(y, norms, end, starts, memory, chunks):

@@ -84,6 +84,13 @@ def test_nobody_needs_to_read():
     assert y is None and all(map(torch.equal, rest, expected[1:]))
 
 
+def test_tensors_may_lie_in_memory_in_any_order():
+    *tokens, closed = make((2, 2, 1, 5, 16))
+    expected = delta_rule_triton(*tokens, closed)
+    found = delta_rule_triton(*(x.mT.contiguous().mT for x in tokens), closed)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize(("keep", "step"), [(0, 1), (1, 1), (1, 0), (0, 0)])
 def test_gates_may_be_exactly_zero_or_one(keep, step):
     inputs = make((2, 1, 1, 16, 16), live=1.0)

@@ -139,6 +139,20 @@ def test_nobody_needs_to_read():
     assert all(map(torch.equal, end, expected[1]))
 
 
+def transposed(x):
+    """x with its last two dimensions the other way round in memory."""
+    return None if x is None or x.dim() < 3 else x.mT.contiguous().mT
+
+
+def test_tensors_may_lie_in_memory_in_any_order():
+    memory, stacks, chunks = make(SMALL)
+    expected = mlp_scan_triton(memory, stacks, chunks)
+    turned = Chunks(*map(transposed, chunks[:7]), chunks.closed)
+    found = mlp_scan_triton(memory, tuple(map(transposed, stacks)), turned)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
+    assert all(map(torch.equal, found[1], expected[1]))
+
+
 @pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.parametrize("eta", [0, 1])
 @pytest.mark.parametrize("step", [0, 1])
