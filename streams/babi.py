@@ -98,16 +98,12 @@ def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float
     while True:
         before, task, events = len(page.pieces), *_draw_story(draw, tasks, words, open_share)
         often = ON_THE_WAY if task not in MOST and draw.random() < INTERRUPTED else 0.0
-        spelt = draw.random() < SPELT
+        said = _with_places(events) if draw.random() < SPELT else events
         sources: list[int] = []
         asked: set[tuple[str, int, int]] = set()  # an answer could be read off an equal one
         handled: dict[str, int] = {}  # thing: sentence in which it was last taken or left
-        for event in events:
-            sources.append(
-                _say_with_place(page, event)
-                if spelt and event.place
-                else page.say(page.used, event.text, event.named)
-            )
+        for event, (text, named, *_, told) in zip(events, said, strict=True):
+            sources.append(page.say(page.used, text, named, told=told))
             if event.place:
                 handled[event.named] = sources[-1]
             last = event is events[-1]
@@ -133,20 +129,26 @@ def _keys(known: Known, handled: dict[str, int]) -> list[tuple[str, int, int]]:
     ]
 
 
-def _say_with_place(page: Page, event: Event) -> int:
+def _with_places(events: list[Event]) -> list[Event]:
     """Say behind it where something is taken or left: told before, so it is to be predicted.
 
     Nothing announces it, so where a thing is has to be known at the end of every such sentence.
     """
-    return page.say(page.used, f"{event.text} {event.place}.", event.place, told=True)
+    return [
+        event._replace(text=f"{event.text} {event.place}.", named=event.place, told=True)
+        if event.place
+        else event
+        for event in events
+    ]
 
 
 def spread_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float) -> None:
     """Spread one story over the early part of a page, with questions between and behind."""
-    task, events = _draw_story(page.draw, tasks, words, open_share)
-    limit = int(SPREAD * page.length)
-    while sum(len(page.tokenizer.encode(event.text)) for event in events) > limit:
+    limit, used = int(SPREAD * page.length), math.inf
+    while used > limit:
         task, events = _draw_story(page.draw, tasks, words, open_share)
+        used = sum(len(page.tokenizer.encode(event.text)) for event in events)
+    events = _with_places(events) if page.draw.random() < SPELT else events
     spread_story(page, events, task, most=MOST.get(task, math.inf))
 
 

@@ -25,6 +25,7 @@ class Event(NamedTuple):
     named: str  # the place that somebody went to, or the thing that was taken or left
     known: dict[str, tuple[str, int]]  # after it: question -> place, number of the event that tells
     place: str | None = None  # where it happens, if that was told and the text does not say it
+    told: bool = False  # `named` follows from what was said before, and is to be predicted
 
 
 def write_story(page: Page, words: Words) -> None:
@@ -51,7 +52,7 @@ def spread_story(
     times = sorted(draw.uniform(0, horizon(page)) for _ in events)
     telling = {event for _, event in events[-1].known.values()}
     numbers = [
-        page.say(time, event.text, event.named, valid=index in telling)
+        page.say(time, event.text, event.named, valid=index in telling, told=event.told)
         for index, (time, event) in enumerate(zip(times, events, strict=True))
     ]
     heard = {question for event in events for question in event.known}

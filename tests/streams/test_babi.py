@@ -178,6 +178,23 @@ def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same
     )  # of what was left since, the answer is the same at first
 
 
+def test_in_text_half_of_the_stories_say_where_things_are_taken_and_left():
+    tokenizer, spelt, handled = open_tokenizer(TrainConfig()), 0, 0
+    for seed in range(30):
+        page = Page(tokenizer, random.Random(seed), 1024, RecallConfig())
+        spread_babi(page, ["qa2"], load_words("train"), 0.0)
+        told = []
+        for piece in page.pieces:
+            if piece.kind is None:
+                text = tokenizer.decode(piece.ids).strip()
+                told.append(spelt_out(text, told) if piece.told else text)
+                place = tokenizer.decode([piece.ids[i] for i in piece.value]).strip()
+                assert not piece.told or text.endswith(f". {place}.")
+                handled += bool(thing(told[-1])) and thing(told[-1])[0] in text
+                spelt += piece.told
+    assert 0.2 < spelt / handled < 0.6
+
+
 def test_half_of_the_stories_have_fewer_people_places_and_things(monkeypatch):
     casts = []
     monkeypatch.setattr(babi, "make_babi", lambda *a: casts.append(a[2]) or make_babi(*a))
