@@ -54,13 +54,16 @@ def admit_reference(
     return Admission(place, candidate, valid)
 
 
-def admit_fast(score: Tensor, rank: Tensor, new_score: Tensor) -> Admission:
+def admit_fast(
+    score: Tensor, rank: Tensor, new_score: Tensor, most: int | None = None
+) -> Admission:
     """The same without sorting the store: the best candidates against the worst places.
 
     Args:
         rank: [B, H, S] int64 order of the stored pairs, newest = 0 (any value where empty).
+        most: no head lets in more than so many, M of the result; None = it is not known.
     """
-    M = min(score.shape[-1], new_score.shape[-1])
+    M = min(score.shape[-1], new_score.shape[-1] if most is None else most)
     worst = (_ordered_int(score) * 2**32 + rank).topk(M, -1, largest=False, sorted=True).indices
     best = new_score.argsort(dim=-1, descending=True, stable=True)[..., :M]
     wins = new_score.gather(-1, best) > score.gather(-1, worst)
