@@ -56,6 +56,7 @@ class BenchConfig:
     prefill_len: int = 2048  # tokens of the call before decoding begins
     decode_len: int = 64  # tokens that are decoded in a turn
     threads: int | None = None  # CPU threads; none: as many as torch takes
+    device: Literal["auto", "cpu"] = "auto"  # what is timed here is the CPU; scripts/gpu_check.py
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of models; layers have float32
     seed: int = 0
 

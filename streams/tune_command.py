@@ -36,7 +36,8 @@ with the same DIR, on this machine or another, share the work.
   --json         results as an object         --quiet, --debug
 
 Keys: search.KEY=A,B,C (a key of stream; the first value is compared with)
-stream.KEY=VALUE document tokens questions seeds trials goal most_state_bytes"""
+stream.KEY=VALUE document tokens questions seeds trials goal most_state_bytes
+model=PATH device=auto|cpu|cuda|mps dtype=auto|float32|bfloat16 threads=N seed=S"""
 
 
 def run(arguments: argparse.Namespace) -> int:

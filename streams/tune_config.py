@@ -14,6 +14,7 @@ from wakesleep.streams.stream_config import StreamConfig
 
 # Every trial gives these itself, or they are no setting to choose.
 OWN_KEYS = ("limit_tokens", "facts.count", "facts.seed", "keep_ids", "lanes", "seed", "save_every")
+COMMON_KEYS = ("model", "device", "dtype", "threads")  # as all commands have them
 LONGEST = 64  # values of one key
 
 
@@ -27,6 +28,10 @@ class TuneConfig:
     trials: int = 24  # settings to measure
     seed: int = 0  # of the search
     most_state_bytes: int | None = None  # settings whose state is larger are left out
+    model: str | None = None  # folder; none: the shipped one
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None  # of each process; none: as `stream` has it, shared by workers
     search: dict[str, Any] = field(default_factory=dict)  # key of `stream`: values to choose from
     stream: dict[str, Any] = field(default_factory=dict)  # keys of `stream` that stay as they are
 
@@ -46,6 +51,9 @@ class TuneConfig:
             raise ValueError(f"seeds must be different whole numbers from 0, got {self.seeds}")
         if not self.search:
             raise ValueError("search names the keys to choose: search.window=256,512")
+        for key in COMMON_KEYS:
+            if key in flat(self.stream) | self.search and getattr(self, key) not in (None, "auto"):
+                raise ValueError(f"{key} and stream.{key} or search.{key} are given; leave one out")
         for key, values in self.search.items():
             if not isinstance(values, list) or not 1 <= len(values) <= LONGEST:
                 raise ValueError(
@@ -58,6 +66,13 @@ class TuneConfig:
     def grid(self) -> int:
         """Settings that there are."""
         return math.prod(map(len, self.search.values()))
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Keys of `stream` that every setting has."""
+        common = {key: getattr(self, key) for key in COMMON_KEYS}
+        given = {key: value for key, value in common.items() if value not in (None, "auto")}
+        return given | flat(self.stream)
 
     def settings(self) -> list[dict[str, Any]]:
         """All of them, each {key: value}; the first has the first value of every key."""
@@ -75,7 +90,7 @@ class TuneConfig:
         Raises:
             Refused: a key or a value that `stream` does not have, or that a trial gives itself.
         """
-        given = flat(self.stream) | dict(values)
+        given = self.kept | dict(values)
         for key in given:
             if key in OWN_KEYS:
                 raise Refused(f"{key} is no key to tune", "", "tokens, questions and seeds are")

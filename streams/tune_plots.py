@@ -34,8 +34,10 @@ def draw_study(folder: Path, config: TuneConfig, report: Report) -> list[Path]:
 
 
 def compute_figure(config: TuneConfig, report: Report) -> Figure:
-    """Left: the goal over all FLOPs, with the front. Right: awake against asleep."""
-    figure, (left, right) = _figure(2)
+    """Left: the goal over all FLOPs, with the front. Right: awake against asleep, if any slept."""
+    wake = np.array([r["wake_flops"] / 1e6 for r in report.results])
+    sleep = np.array([r["sleep_flops"] / 1e6 for r in report.results])
+    figure, (left, *rest) = _figure(2 if sleep.any() else 1)
     x = np.array([cost_of(r) / 1e6 for r in report.results])
     y, reach = _goals(config, report.results)
     left.errorbar(x, y, reach, fmt="o", color=GREY, ms=4, elinewidth=0.8, capsize=2)
@@ -46,18 +48,17 @@ def compute_figure(config: TuneConfig, report: Report) -> Figure:
     first_y, _ = _goals(config, [report.first])
     at = cost_of(report.first) / 1e6
     left.plot(at, first_y[0], "D", color=ORANGE, ms=7, zorder=5, label="first")
-    left.set_xlabel("MFLOP per token, awake and asleep")
+    left.set_xlabel("MFLOP per token" + (", awake and asleep" if rest else ""))
     left.set_ylabel(_label(config))
     left.set_title("What compute buys", loc="left")
     left.legend(frameon=False, fontsize=9, loc="best")
-    wake = np.array([r["wake_flops"] / 1e6 for r in report.results])
-    sleep = np.array([r["sleep_flops"] / 1e6 for r in report.results])
-    dots = right.scatter(wake, sleep, c=y, cmap="viridis", s=40, zorder=3)
-    figure.colorbar(dots, ax=right, label=_label(config))
-    _iso_compute(right, wake, sleep)
-    right.set_xlabel("MFLOP per token awake")
-    right.set_ylabel("MFLOP per token asleep")
-    right.set_title("Dashed: equal compute", loc="left")
+    for right in rest:
+        dots = right.scatter(wake, sleep, c=y, cmap="viridis", s=40, zorder=3)
+        figure.colorbar(dots, ax=right, label=_label(config))
+        _iso_compute(right, wake, sleep)
+        right.set_xlabel("MFLOP per token awake")
+        right.set_ylabel("MFLOP per token asleep")
+        right.set_title("Dashed: equal compute", loc="left")
     return figure
 
 

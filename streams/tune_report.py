@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wakesleep.streams.config import as_dict, flat
+from wakesleep.streams.config import as_dict
 from wakesleep.streams.plots import Z95, wilson
 from wakesleep.streams.quantities import count, size
 from wakesleep.streams.tune_config import TuneConfig
@@ -134,7 +134,7 @@ def as_data(report: Report) -> dict[str, Any]:
 
 def settings_yaml(config: TuneConfig, result: Result) -> str:
     """The keys of a setting, for `--config` of `wakesleep stream` and `wakesleep sleep`."""
-    given = flat(config.stream) | result["values"]
+    given = config.kept | result["values"]
     lines = [f"{key}: {json.dumps(as_dict(value))}" for key, value in given.items()]
     return "".join(f"{line}\n" for line in lines)
 

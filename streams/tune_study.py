@@ -79,9 +79,9 @@ class Study:
             Stopped: a signal came; all streams are saved.
         """
         config = self.config
-        if self.workers > 1 and "threads" not in flat(config.stream):
+        if self.workers > 1 and config.stream_config(self.allowed[0]).threads is None:
             threads = max(1, (os.cpu_count() or 1) // self.workers)
-            config = dataclasses.replace(config, stream=config.stream | {"threads": threads})
+            config = dataclasses.replace(config, threads=threads)
         spawn = multiprocessing.get_context("spawn")
         others = [
             spawn.Process(target=_help, args=(self.folder, config, self.allowed, quiet))

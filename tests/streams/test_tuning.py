@@ -23,6 +23,7 @@ from wakesleep.streams.snapshot import locked
 from wakesleep.streams.stopping import Stopped
 from wakesleep.streams.tune_config import TuneConfig
 from wakesleep.streams.tune_progress import Trials
+from wakesleep.streams.tune_report import settings_yaml
 from wakesleep.streams.tune_study import Study
 from wakesleep.streams.tuning import Tuning, check_record
 
@@ -41,6 +42,20 @@ def config(model_folder, shared_text) -> TuneConfig:
         search=SEARCH,
         stream={"model": str(model_folder), "threads": 1, "segment_len": 64},
     )
+
+
+def test_keys_that_all_commands_have_are_those_of_the_stream(model_folder):
+    config = load_config(
+        TuneConfig,
+        None,
+        ["search.window=[64,32]", f"model={model_folder}", "threads=1", "dtype=float32"],
+    )[0]
+    found = config.stream_config({"window": 32}, 0)
+    assert (found.model, found.threads, found.dtype) == (str(model_folder), 1, "float32")
+    settings = settings_yaml(config, {"values": {"window": 32}}).splitlines()
+    assert settings == [f'model: "{model_folder}"', 'dtype: "float32"', "threads: 1", "window: 32"]
+    with pytest.raises(Refused, match=r"threads and stream\.threads"):
+        load_config(TuneConfig, None, ["search.window=[64,32]", "threads=1", "stream.threads=2"])
 
 
 def study(folder, config, workers=1):
