@@ -47,10 +47,10 @@ def _read_piece(
     bias_step,
     length,
     causal_at,
+    C,
     NEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BIAS_PER_QUERY: tl.constexpr,
-    C: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     WIDE_R: tl.constexpr,
@@ -96,7 +96,7 @@ def _read_piece(
     return m, z, a
 
 
-@triton.jit(do_not_specialize=["length", "far_length", "causal_at"])
+@triton.jit(do_not_specialize=["length", "far_length", "causal_at", "C"])
 def softmax_read_kernel(
     out,
     q,
@@ -127,8 +127,8 @@ def softmax_read_kernel(
     length,
     far_length,
     causal_at,
+    C,
     H: tl.constexpr,
-    C: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -159,15 +159,15 @@ def softmax_read_kernel(
     a = tl.zeros([QUERIES, K], tl.float32)
     m, z, a = _read_piece(
         (m, z, a), q_first, q_last, query, keys, key_step, near, near_step,
-        bias, bias_query, bias_step, length, causal_at,
-        True, HAS_BIAS, BIAS_PER_QUERY, C, K, R, WIDE_R, PLACES, PRECISION,
+        bias, bias_query, bias_step, length, causal_at, C,
+        True, HAS_BIAS, BIAS_PER_QUERY, K, R, WIDE_R, PLACES, PRECISION,
     )  # fmt: skip
     behind = tl.cast(length, tl.int64)
     far += lane * far_lane + head * far_head
     m, z, a = _read_piece(
         (m, z, a), q_first, q_last, query, keys + behind * key_step, key_step, far, far_step,
-        bias + behind * bias_step, bias_query, bias_step, far_length, causal_at,
-        False, HAS_BIAS, BIAS_PER_QUERY, C, K, R, WIDE_R, PLACES, PRECISION,
+        bias + behind * bias_step, bias_query, bias_step, far_length, causal_at, C,
+        False, HAS_BIAS, BIAS_PER_QUERY, K, R, WIDE_R, PLACES, PRECISION,
     )  # fmt: skip
     y = (a / z[:, None]).to(out.dtype.element_ty)
     row = out + lane * out_lane + head * out_head + query[:, None] * out_query
@@ -238,7 +238,6 @@ def launch(
     args = (out, q, keys, near, far, sink, sink if bias is None else bias, *strides)
     options = {
         "H": H,
-        "C": C,
         "K": K,
         "R": D - K,
         "HAS_BIAS": bias is not None,
@@ -251,7 +250,7 @@ def launch(
         "num_stages": 2,
     }
     grid = (B * H, triton.cdiv(C, queries))
-    return grid, (*args, near.shape[2], far.shape[2], causal_at), options
+    return grid, (*args, near.shape[2], far.shape[2], causal_at, C), options
 
 
 def _check(q: Tensor, keys: Tensor, near: Tensor, far: Tensor, sink: Tensor, causal_at: int):
