@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from wakesleep.ttl.model import StepStats, TTLModel
 from wakesleep.ttl.state import StreamState
 
 WORKERS = 2  # the store's layer is half of all work: a third one would wait
-PIECE = 1024  # tokens; smaller ones cost more each, larger ones fill both workers later
+PIECE = 512  # tokens, of the first and the last one half; smaller ones cost more for each token
 
 
 class Pipeline:
@@ -64,6 +65,14 @@ class Pipeline:
         return reading.joined()
 
 
+def cuts(length: int) -> list[int]:
+    """Where pieces of a call of so many tokens begin, and the end of the last one.
+
+    The first layer begins alone and the last one ends alone: both with half a piece.
+    """
+    return [0, *range(PIECE // 2, length, PIECE), length]
+
+
 def _finish(reading: _Reading, workers: ThreadPoolExecutor, threads: int) -> None:
     """Let the workers do all that is to be done, each with so many threads."""
     running: dict[Future, int] = {}
@@ -96,14 +105,16 @@ class _Reading:
 
     def __init__(self, model: TTLModel, tokens: Tensor, state: StreamState, lengths: Tensor):
         self.model, self.state, self.calls = model, state, []
-        for start in range(0, tokens.shape[1], PIECE):
-            piece = tokens[:, start : start + PIECE]
-            call = model.open_call(piece, state, (lengths - start).clamp(0, piece.shape[1]))
+        self.cuts = cuts(tokens.shape[1])
+        for start, stop in pairwise(self.cuts):
+            inside = (lengths - start).clamp(0, stop - start)
+            call = model.open_call(tokens[:, start:stop], state, inside)
             state = state._replace(position=call.position, ids=call.ids)
             self.calls.append(call)
         self.parts = list(self.state.blocks)  # of every layer, behind the pieces it has read
         self.x = [call.x for call in self.calls]  # of every piece, from the last layer it passed
         self.stats: list[list] = [[] for _ in self.calls]
+        self.ready: list = [None] * len(self.parts)  # what its last piece left for the next
         self.passed = [0] * len(self.parts)  # pieces that a layer has read
         self.told = [False] * len(self.calls)  # pieces whose logits are there
         like, vocab = self.x[0], model.config.vocab_size
@@ -123,9 +134,11 @@ class _Reading:
         """What is to be done next with a piece."""
         layer, call, x = len(self.stats[piece]), self.calls[piece], self.x[piece]
         if layer == len(self.parts):
-            rows = self.logits.split(PIECE, 1)[piece]
+            rows = self.logits[:, self.cuts[piece] : self.cuts[piece + 1]]
             return lambda: rows.copy_(self.model.finish(x))
-        return partial(self.model.blocks[layer], x, self.parts[layer], call.grid, call.given)
+        more = piece + 1 < len(self.calls) and not self.calls[piece + 1].grid.alone
+        given = call.given._replace(ready=self.ready[layer], hands_over=more)
+        return partial(self.model.blocks[layer], x, self.parts[layer], call.grid, given)
 
     def note(self, piece: int, result: Any) -> None:
         """Take what came of a piece's task."""
@@ -134,6 +147,7 @@ class _Reading:
             self.told[piece] = True
             return
         self.x[piece], self.parts[layer], seen = result
+        self.ready[layer] = seen.ready
         self.stats[piece].append(seen)
         self.passed[layer] += 1
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from wakesleep.ttl import pipeline
 from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.memory import MemoryConfig
 from wakesleep.ttl.model import ModelConfig, TTLModel
-from wakesleep.ttl.pipeline import Pipeline
+from wakesleep.ttl.pipeline import Pipeline, cuts
 from wakesleep.ttl.state import map_state
 from wakesleep.ttl.store import StoreConfig
 
@@ -45,10 +47,19 @@ def two_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def model():
+BY_MEMORY = StoreConfig(capacity=32, score="residual_z", quota=True)
+KINDS = {
+    "fast weights": {},
+    "scores by memory": {"store_layers": (1,), "fast_layers": (), "store": BY_MEMORY},
+    "mass": {"fast_layers": (), "store": StoreConfig(capacity=12, score="mass")},
+    "pages": {"combine": "mac", "memory": MemoryConfig(page=16), "recent": 0},
+}
+
+
+@pytest.fixture(params=["fast weights"])
+def model(request):
     torch.manual_seed(0)
-    return TTLModel(CONFIG).double()
+    return TTLModel(dataclasses.replace(CONFIG, **KINDS[request.param])).double()
 
 
 @contextmanager
@@ -68,9 +79,8 @@ def tensors(tree) -> list[torch.Tensor]:
 def in_pieces(model, tokens, state, lengths):
     """The same, one piece after the other."""
     logits, surprise, written, nonfinite = [], [], [], 0
-    for start in range(0, tokens.shape[1], PIECE):
-        piece = tokens[:, start : start + PIECE]
-        left = (lengths - start).clamp(0, piece.shape[1])
+    for start, stop in pairwise(cuts(tokens.shape[1])):
+        piece, left = tokens[:, start:stop], (lengths - start).clamp(0, stop - start)
         out, state, stats = model(piece, state, left)
         logits.append(out)
         surprise.append(stats.surprise)
@@ -81,6 +91,7 @@ def in_pieces(model, tokens, state, lengths):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("lengths", [[100, 100], [100, 37], [5, 0]], ids=str)
+@pytest.mark.parametrize("model", KINDS, indirect=True)
 def test_a_call_equals_its_pieces_bit_for_bit(model, mode, lengths):
     read = Pipeline(model)
     tokens = torch.randint(0, 50, (2, 220), generator=torch.Generator().manual_seed(1))
@@ -101,6 +112,13 @@ def test_a_call_equals_its_pieces_bit_for_bit(model, mode, lengths):
             for ours, theirs in zip(tensors(state), tensors(expected[1]), strict=True):
                 assert torch.equal(ours, theirs)
         assert all(torch.equal(*pair) for pair in zip(kept, tensors(start), strict=True))
+
+
+@pytest.mark.parametrize("length", [17, 24, 25, 40, 100])
+def test_pieces_are_all_of_a_call_and_smaller_at_its_ends(length):
+    sizes = [stop - start for start, stop in pairwise(cuts(length))]
+    assert sum(sizes) == length and sizes[0] == PIECE // 2
+    assert set(sizes[1:-1]) <= {PIECE} and 0 < sizes[-1] <= PIECE
 
 
 def test_it_goes_on_from_its_own_state(model):
