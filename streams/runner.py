@@ -22,7 +22,6 @@ from wakesleep.streams.segments import Segment
 from wakesleep.streams.stream_config import StreamConfig
 from wakesleep.ttl.fast import held_keys, open_keys
 from wakesleep.ttl.flops import wake_flops
-from wakesleep.ttl.pipeline import Pipeline
 from wakesleep.ttl.state import StreamState, map_state, nbytes
 
 LOSS_ROWS = 128  # tokens whose loss is computed at once
@@ -56,7 +55,6 @@ class StreamRunner:
         budget: Budget | None = None,
     ) -> None:
         self.language_model = language_model
-        self._model = Pipeline(language_model.model)
         self.budget = budget or Budget()
         sizes = {"window": window, "capacity": capacity}
         self.carried = carried or fresh(language_model, lanes, **sizes)
@@ -110,10 +108,10 @@ class StreamRunner:
             self.meters.pauses.add(begin - self._idle_since)
         if reset is not None and reset.any():
             self._reset(torch.from_numpy(reset))
-        before = self.carried
+        model, before = self.language_model.model, self.carried
         device = before.logits.device
         tokens, counts = torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
-        logits, stream, stats = self._model(tokens, before.stream, counts)
+        logits, stream, stats = model(tokens, before.stream, counts)
         nats = _nats(before.logits, logits, tokens).cpu()
         inside = torch.arange(ids.shape[1], device=device) < counts[:, None]
         span = Span(

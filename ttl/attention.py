@@ -70,7 +70,6 @@ class AttentionInput(NamedTuple):
     recompute: bool = False  # reads and writes of a chunk are done again in the backward pass
     keep_power: float | None = None  # of what fast weights keep, in a pass of sleep; None = awake
     ready: LayerReady | None = None  # what the call before has left for this layer
-    hands_over: bool = False  # the next call alone will see this one's state, and may overwrite it
 
 
 class WindowAttention(nn.Module):
@@ -305,11 +304,9 @@ class WindowAttention(nn.Module):
                 new = self._candidates(gone, frame.live, n, grid, given)
                 reader.admit(new, grid.position + (n + 1) * C, C)
         values = torch.cat(values, 2).transpose(1, 2).flatten(2)
-        if grid.stop == C or not grid.alone:
+        if grid.stop == C:
             ready = ready._replace(window=None)
-        lasts = fast and page is None and given.rank_table is None
-        lasts = lasts and (grid.alone or given.hands_over)
-        ready = ready._replace(handed_over=given.hands_over)
+        lasts = fast and grid.alone and page is None and given.rank_table is None
         store = reader.state if reader else None
         return values, frame._replace(score=score), store, ready if lasts else None
 
@@ -332,7 +329,7 @@ class WindowAttention(nn.Module):
         k = torch.cat([before.window, k], 2) if known else k
         reader = None
         if store is not None and before is not None:
-            reader = before.reader.again(store, ours=before.handed_over)
+            reader = before.reader.again(store)
         elif store is not None:
             of = (self.store.config.quota, store, turns[W + self.chunk :], given.rank_table)
             head = 0 if grid.alone else self._front(told) + length

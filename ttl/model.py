@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wakesleep.ttl.attention import AttentionInput, WindowAttention
 from wakesleep.ttl.block import Block
 from wakesleep.ttl.fast import FastConfig, no_fast_weights
-from wakesleep.ttl.grid import Grid, behind, carry, make_grid
+from wakesleep.ttl.grid import behind, carry, make_grid
 from wakesleep.ttl.memory import MemoryConfig, NeuralMemory
 from wakesleep.ttl.ready import Ready
 from wakesleep.ttl.state import (
@@ -103,17 +103,6 @@ class StepStats(NamedTuple):
     written: Tensor  # [B, T] float32 share of the memory layers that wrote the token
     nonfinite: Tensor  # [B] int64 rows that were masked in this call
     ready: Ready | None  # for the next call, of one within a chunk and without gradients
-
-
-class Call(NamedTuple):
-    """What is known of a call before its blocks run."""
-
-    tokens: Tensor  # [B, T], 0 beyond a lane's length
-    grid: Grid
-    given: AttentionInput
-    x: Tensor  # [B, T, D] embedded
-    position: Tensor  # [B] int64 of every lane after the call
-    ids: Tensor  # [B, SPAN + W + C] as in the state after the call
 
 
 class TTLModel(nn.Module):
@@ -243,60 +232,42 @@ class TTLModel(nn.Module):
         Raises:
             ValueError: tokens, lengths and state do not fit each other or the vocabulary.
         """
-        self.check_call(tokens, state, lengths, read_weight, blind, rank_table)
-        told = (read_weight, rank_table, read_floor, blind, recompute)
-        call = self.open_call(tokens, state, lengths, told)
-        layers = (None,) * len(self.blocks)
-        alone = call.grid.alone and rank_table is None and not torch.is_grad_enabled()
-        if ready is not None and alone:
-            layers = ready.for_state(state)
-        x, blocks, stats = call.x, [], []
-        for block, part, left in zip(self.blocks, state.blocks, layers, strict=True):
-            x, part, seen = block(x, part, call.grid, call.given._replace(ready=left))
-            blocks.append(part)
-            stats.append(seen)
-        state, stats = self.close_call(call, state, blocks, x, stats)
-        return self.finish(x) if head else self.norm(x), state, stats
-
-    def open_call(self, tokens: Tensor, state: StreamState, lengths=None, told: tuple = ()) -> Call:
-        """What the blocks of a call start from; of the state only the clocks and ids count.
-
-        Args:
-            told: `AttentionInput.read_weight` and the fields after it.
-        """
-        B, T = tokens.shape
+        B, T = self._check(tokens, state, lengths, read_weight, blind, rank_table)
         if lengths is None:
             lengths = torch.full((B,), T, dtype=torch.int64, device=tokens.device)
         inside = torch.arange(T, device=tokens.device) < lengths[:, None]
         tokens = torch.where(inside, tokens, 0)
         grid = make_grid(state.position, lengths, self.config.chunk, T)
+        before = SPAN + self.window_of(state)
         ids = behind(grid, tokens, state.ids)
-        given = AttentionInput(inside, ids, state.lane, *(told or (None, None)))
+        told = (read_weight, rank_table, read_floor, blind, recompute)
+        given = AttentionInput(inside, ids, state.lane, *told)
         x = self.embedding(tokens) * self.config.dim**0.5
-        kept = carry(grid, ids, before=SPAN + self.window_of(state))
-        return Call(tokens, grid, given, x, state.position + lengths, kept)
-
-    def close_call(
-        self, call: Call, state: StreamState, blocks: list, x: Tensor, stats: list
-    ) -> tuple[StreamState, StepStats]:
-        """The state after a call, from what its blocks gave back; x is what the last one did."""
-        nonfinite, recent = sum(s.nonfinite for s in stats), state.recent
+        layers = (None,) * len(self.blocks)
+        if ready is not None and grid.alone and rank_table is None and not torch.is_grad_enabled():
+            layers = ready.for_state(state)
+        blocks, stats = [], []
+        for block, part, left in zip(self.blocks, state.blocks, layers, strict=True):
+            x, part, seen = block(x, part, grid, given._replace(ready=left))
+            blocks.append(part)
+            stats.append(seen)
+        nonfinite = sum(s.nonfinite for s in stats)
+        recent = state.recent
         if self.config.recent:
-            recent = _recall_last(recent, call.tokens, state.position, x, call.grid.lengths)
+            recent = _recall_last(recent, tokens, state.position, x, lengths)
         state = state._replace(
             blocks=tuple(blocks),
-            position=call.position,
-            ids=call.ids,
+            position=state.position + lengths,
+            ids=carry(grid, ids, before=before),
             nonfinite=state.nonfinite + nonfinite,
             recent=recent,
         )
+        x = self.norm(x)
+        if head:
+            x = nn.functional.linear(x, self.embedding.weight)
         layers = tuple(s.ready for s in stats)
         ready = Ready(state, layers) if any(layers) else None
-        return state, StepStats(*_mean_stats(stats, call.given.live), nonfinite, ready)
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Logits [B, T, V] of what the last block gave back."""
-        return nn.functional.linear(self.norm(x), self.embedding.weight)
+        return x, state, StepStats(*_mean_stats(stats, inside), nonfinite, ready)
 
     def sleep_pass(
         self, state: StreamState, keep_power: float = 0.0, over: RecentState | None = None
@@ -351,10 +322,8 @@ class TTLModel(nn.Module):
         if not recent.ids.shape[1]:
             raise ValueError("this model keeps no hidden states to pass over once more (recent=0)")
 
-    def check_call(
-        self, tokens, state, lengths, read_weight=None, blind=None, rank_table=None
-    ) -> None:
-        """Refuse a call whose arguments do not fit each other or this model."""
+    def _check(self, tokens, state, lengths, read_weight, blind, rank_table) -> tuple[int, int]:
+        """B and T of a call whose arguments fit each other and this model."""
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(
                 f"tokens must be int64 [B, T], got {tokens.dtype} {tuple(tokens.shape)}"
@@ -389,6 +358,7 @@ class TTLModel(nn.Module):
             places = [B, stores[0].position.shape[-1]]
             if list(rank_table.shape) != places:
                 raise ValueError(f"rank_table must be {places}, got {list(rank_table.shape)}")
+        return B, T
 
     def _check_state(self, state: StreamState) -> None:
         """A state of another model would be read as nonsense; one without a store is legal."""

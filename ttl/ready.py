@@ -27,7 +27,6 @@ class LayerReady(NamedTuple):
     window: Tensor | None  # [B, H, slots, R + K] turned keys; None = a boundary has moved the slots
     reader: BufferReader | None  # of the store
     told: Told | None  # what an MLP holds
-    handed_over: bool = False  # nobody else will look at the reader or its state again
 
 
 class Ready(NamedTuple):

@@ -58,15 +58,10 @@ class BufferReader:
         self.rank = order_rank(state.position)
         self._refresh()
 
-    def again(self, state: StoreState, ours: bool = False) -> BufferReader:
-        """The same for a state with the same pairs; what this one has stays as it is.
-
-        ours: it need not, nobody will look at it again.
-        """
+    def again(self, state: StoreState) -> BufferReader:
+        """The same for a state with the same pairs; what this one has stays as it is."""
         other = copy(self)
-        other.state = state
-        if not ours:
-            other.owned, other.lent = False, True
+        other.state, other.owned, other.lent = state, False, True
         return other
 
     def logits(self, q: Tensor, window: list[Tensor]) -> Tensor:
