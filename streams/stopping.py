@@ -40,6 +40,8 @@ class StopSignals:
     >>> with StopSignals() as stop:
     ...     while work() and not stop:
     ...         ...
+
+    What comes in an inner one is the outer one's, too, when that goes on.
     """
 
     def __init__(self) -> None:
@@ -62,6 +64,14 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        outer = getattr(self._before.get(self.number), "__self__", None)
+        if isinstance(outer, StopSignals):
+            outer.number = outer.number or self.number
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came."""
+        if self.number is not None:
+            raise Stopped(self.number)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -41,6 +41,8 @@ class TuneConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise ValueError(f"{name} must be from 1 to {most:,}, got {value:,}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1:,}, got {self.seed}")
         least = 1 if self.goal == "recall" else 0
         if not least <= self.questions <= 100_000:
             raise ValueError(

@@ -50,7 +50,7 @@ def make_report(config: TuneConfig, results: Sequence[Result]) -> Report:
 
     ordered = sorted(results, key=rank)
     values = {key: choices[0] for key, choices in config.search.items()}
-    first = next(result for result in results if result["values"] == values)
+    first = next(result for result in results if result["values"] == as_dict(values))
     front: list[Result] = []
     for result in sorted(results, key=lambda r: (cost_of(r), -goal_of(config, r))):
         if not front or goal_of(config, result) > goal_of(config, front[-1]):

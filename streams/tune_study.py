@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from wakesleep.streams.config import flat
+from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.console import Console
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.language_model import load_language_model, pick_device, pick_dtype
 from wakesleep.streams.quantities import count, size
 from wakesleep.streams.session import Session
 from wakesleep.streams.sleeping import check_sleep
-from wakesleep.streams.stopping import Stopped, leave_at_signals
+from wakesleep.streams.stopping import Stopped, StopSignals, leave_at_signals
 from wakesleep.streams.tune_config import TuneConfig
 from wakesleep.streams.tune_plots import draw_study
 from wakesleep.streams.tune_progress import Trials, line_of
@@ -84,26 +85,30 @@ class Study:
             config = dataclasses.replace(config, threads=threads)
         spawn = multiprocessing.get_context("spawn")
         others = [
-            spawn.Process(target=_help, args=(self.folder, config, self.allowed, quiet))
+            spawn.Process(
+                target=_help, args=(self.folder, config, self.allowed, quiet, os.getpid())
+            )
             for _ in range(self.workers - 1)
         ]
         for process in others:
             process.start()
         tuning = Tuning(self.folder, config, self.allowed)
-        try:
-            tuning.work(trials.told, trials)
-            for process in others:
-                process.join()
-            # what a process left behind that did not come to its end
-            tuning.work(trials.told, trials)
-        except BaseException:
-            for process in others:
-                process.terminate()
-            for process in others:
-                process.join()
-            raise
+        with StopSignals() as stop:
+            try:
+                tuning.work(trials.told, stop, trials)
+                with stop.waiting():
+                    for process in others:
+                        process.join()
+                # what a process left behind that did not come to its end
+                tuning.work(trials.told, stop, trials)
+            except BaseException:
+                for process in others:
+                    process.terminate()
+                for process in others:
+                    process.join()
+                raise
         self.results = tuning.results()
-        first = any(result["values"] == self.allowed[0] for result in self.results)
+        first = any(result["values"] == as_dict(self.allowed[0]) for result in self.results)
         return max(self.wanted - len(self.results), 0 if first else 1)
 
     def report(self) -> tuple[Report, list[Path]]:
@@ -144,11 +149,20 @@ class Study:
         return sum(part.nbytes for part in parts) <= self.config.most_state_bytes
 
 
-def _help(folder: Path, config: TuneConfig, allowed: list[Values], quiet: bool) -> None:
-    """Work in a study of another process."""
+def _help(
+    folder: Path, config: TuneConfig, allowed: list[Values], quiet: bool, parent: int
+) -> None:
+    """Work in a study of another process, for as long as that is there."""
     leave_at_signals()
     console = Console(quiet=quiet)
+
+    def told(result: dict[str, Any]) -> None:
+        console.say(line_of(result))
+        if os.getppid() != parent:  # it was killed, and nobody waits for us any more
+            raise Stopped(signal.SIGTERM)
+
     try:
-        Tuning(folder, config, allowed).work(lambda result: console.say(line_of(result)))
+        with StopSignals() as stop:
+            Tuning(folder, config, allowed).work(told, stop)
     except Stopped as stopped:
         sys.exit(128 + stopped.number)

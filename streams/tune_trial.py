@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wakesleep.streams.config import flat
+from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.language_model import LanguageModel
 from wakesleep.streams.reading import Watch
 from wakesleep.streams.results import Fact, by_training
 from wakesleep.streams.session import Session
+from wakesleep.streams.stopping import StopSignals
 from wakesleep.streams.tune_config import TuneConfig
 from wakesleep.ttl.config_json import parse_json
 from wakesleep.ttl.files import open_regular, write_atomically
@@ -24,7 +25,11 @@ MAX_BYTES = 1 << 20
 
 
 def measure(
-    folder: Path, config: TuneConfig, values: Mapping[str, Any], watch: Watch | None = None
+    folder: Path,
+    config: TuneConfig,
+    values: Mapping[str, Any],
+    stop: StopSignals,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Stream with these values of the searched keys, once per seed; goes on where it was killed.
 
@@ -38,12 +43,14 @@ def measure(
         return found
     summaries = []
     for seed in config.seeds:
+        stop.check()  # one that came when the stream before was at its end
         options = config.stream_config(values, seed)
         with Session.open(folder / f"seed-{seed}", **flat(options)) as session:
             summaries.append(session.read(config.document, watch=watch))
             model = session.language_model
             sizes = _sizes(model, options)
-    result = {"values": dict(values), **_combined(summaries, model, sizes)}
+    stop.check()
+    result = {"values": as_dict(values), **_combined(summaries, model, sizes)}
     text = json.dumps(result, indent=1, allow_nan=False)
     for seed in config.seeds:  # first: a kill in between measures again and leaves nothing behind
         shutil.rmtree(folder / f"seed-{seed}")

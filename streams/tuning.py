@@ -21,6 +21,7 @@ from wakesleep.streams.config import as_dict, flat
 from wakesleep.streams.errors import Refused
 from wakesleep.streams.reading import Watch
 from wakesleep.streams.snapshot import locked
+from wakesleep.streams.stopping import StopSignals
 from wakesleep.streams.tune_config import TuneConfig
 from wakesleep.streams.tune_trial import measure, read_result
 from wakesleep.ttl.config_json import parse_json
@@ -77,14 +78,24 @@ class Tuning:
         found = (read_result(self._place(values)) for values in self.allowed)
         return [result for result in found if result is not None]
 
-    def work(self, told: Callable[[dict[str, Any]], None], watch: Watch | None = None) -> None:
+    def work(
+        self,
+        told: Callable[[dict[str, Any]], None],
+        stop: StopSignals,
+        watch: Watch | None = None,
+    ) -> None:
         """Measure settings until there are as many as were wanted, others' included.
 
         Args:
             told: called with the result of every setting that this process measured.
+            stop: looked at before every stream.
+
+        Raises:
+            Stopped: a signal came; all streams are saved.
         """
         known = 0
         while len(self.results()) < self.wanted:
+            stop.check()
             trial = self._abandoned()
             if trial is None:
                 if self._all_taken():
@@ -95,12 +106,12 @@ class Tuning:
             values = self._values(trial.params)
             fresh = values in self.allowed and read_result(self._place(values)) is None
             if values in self.allowed:
-                self._measure(trial.number, values, told if fresh else None, watch)
+                self._measure(trial.number, values, told if fresh else None, stop, watch)
             else:
                 self.study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
             known = 0 if fresh else known + 1
 
-    def _measure(self, number: int, values: Values, told, watch) -> None:
+    def _measure(self, number: int, values: Values, told, stop: StopSignals, watch) -> None:
         """Measure one setting and tell the study; nothing if another process is at it."""
         place = self._place(values)
         place.mkdir(parents=True, exist_ok=True)
@@ -109,7 +120,7 @@ class Tuning:
                 stack.enter_context(locked(place))
             except Refused:
                 return  # whoever finishes it leaves a result, and this trial is told then
-            result = measure(place, self.config, values, watch)
+            result = measure(place, self.config, values, stop, watch)
         cost = result["wake_flops"] + result["sleep_flops"]
         self.study.tell(number, [goal_of(self.config, result), cost], skip_if_finished=True)
         if told is not None:
@@ -161,7 +172,7 @@ class Tuning:
 
     def _place(self, values: Values) -> Path:
         """The folder of a setting."""
-        name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+        name = hashlib.sha256(json.dumps(as_dict(values), sort_keys=True).encode()).hexdigest()[:12]
         return self.folder / TRIALS / name
 
 

@@ -20,7 +20,7 @@ from wakesleep.streams.errors import Refused
 from wakesleep.streams.families import HELD_OUT_KINDS
 from wakesleep.streams.session import Session
 from wakesleep.streams.snapshot import locked
-from wakesleep.streams.stopping import Stopped
+from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.tune_config import TuneConfig
 from wakesleep.streams.tune_progress import Trials
 from wakesleep.streams.tune_report import settings_yaml
@@ -79,6 +79,37 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folder, config):
     return study(folder, config)
+
+
+def test_a_signal_at_the_end_of_a_stream_stops_the_study(tmp_path, config, monkeypatch):
+    read = Session.read
+
+    def read_and_be_told(session, *args, **options):
+        with StopSignals():  # as a stream that is just finishing
+            summary = read(session, *args, **options)
+            signal.raise_signal(signal.SIGTERM)
+        return summary
+
+    monkeypatch.setattr(Session, "read", read_and_be_told)
+    made = Study(tmp_path / "s", config, 1)
+    made.begin()
+    with pytest.raises(Stopped) as stopped:
+        made.carry_out(Trials(Console(quiet=True), 1280), quiet=True)
+    assert stopped.value.number == signal.SIGTERM
+    monkeypatch.undo()
+    assert made.carry_out(Trials(Console(quiet=True), 1280), quiet=True) == 0
+
+
+def test_an_infinite_value_is_one_to_choose(tmp_path, config):
+    search = {"sleep.burst": [float("inf"), 1e9]}
+    report = study(tmp_path / "s", replace(config, search=search, trials=2, seeds=(0,)))
+    assert [row["values"]["sleep.burst"] for row in report.results].count("inf") == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_no_sampler_takes_are_refused(config, seed):
+    with pytest.raises(ValueError, match="seed must be from 0"):
+        replace(config, seed=seed)
 
 
 def test_every_setting_is_measured_once_and_compared_with_the_first(folder, config, whole):
@@ -144,9 +175,9 @@ def test_what_another_process_is_at_is_left_to_it(tmp_path, config):
     first = tuning._place(made.allowed[0])
     first.mkdir(parents=True)
     with locked(first):
-        tuning.work(told.append)
+        tuning.work(told.append, StopSignals())
     assert len(told) == 1 and told[0]["values"] != made.allowed[0]
-    tuning.work(told.append)  # the other one is no more
+    tuning.work(told.append, StopSignals())  # the other one is no more
     assert len(tuning.results()) == 2 and told[1]["values"] == made.allowed[0]
 
 
@@ -328,7 +359,7 @@ def one_result(config, tmp_path, monkeypatch, **changed):
         return read(session, document, watch=watch) | changed
 
     monkeypatch.setattr(Session, "read", changing)
-    return tune_trial.measure(tmp_path, config, {"window": 64, "store.capacity": 32})
+    return tune_trial.measure(tmp_path, config, {"window": 64, "store.capacity": 32}, StopSignals())
 
 
 def test_facts_of_kinds_that_training_held_out_count_where_there_are_no_others(
@@ -359,7 +390,7 @@ def test_killed_while_its_sessions_are_deleted_a_trial_leaves_none_behind(
     values = {"window": 64, "store.capacity": 32}
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(tune_trial, "write_atomically", killed)
-        tune_trial.measure(tmp_path, config, values)
+        tune_trial.measure(tmp_path, config, values, StopSignals())
     assert tune_trial.read_result(tmp_path) is None
-    assert tune_trial.measure(tmp_path, config, values)["tokens"] == 2 * 1280
+    assert tune_trial.measure(tmp_path, config, values, StopSignals())["tokens"] == 2 * 1280
     assert [path.name for path in tmp_path.iterdir()] == [tune_trial.RESULT]
