@@ -11,7 +11,8 @@ seeds of the facts are counted together. The rows:
     noise             the same, with random values written in place of the pairs' own
     shuffled          the same, with the values of other pairs
     flipped           the same, but every write goes the other way
-    ... ungated       the same with no write refused, and no sleep undone
+    ... ungated       the same with no write refused and no sleep undone; all that was written
+                      counts as known
     equal compute     awake, with a store so large that reading costs what `asleep` cost in all
     equal bytes       awake, with a store larger by what fast weights, their keys and probes weigh
     wider window      awake, with a window so wide that reading costs what `asleep` cost in all
@@ -83,6 +84,11 @@ def taken(fast, full, pairs, cues, tolerance: float) -> Verdict:
     return Verdict(some.float(), some, some, some, torch.zeros_like(some, dtype=torch.int64))
 
 
+def believed(fast, pairs, tolerance: float) -> torch.Tensor:
+    """All that was written counts as known, whatever comes back."""
+    return pairs.chosen
+
+
 @contextlib.contextmanager
 def control(name: str) -> Iterator[None]:
     """Sleep as the control of this name has it, while this lasts."""
@@ -93,6 +99,7 @@ def control(name: str) -> Iterator[None]:
             patches.enter_context(mock.patch.object(replay_sleep, "change", write))
         if ungated:
             patches.enter_context(mock.patch.object(replay_sleep, "judge", taken))
+            patches.enter_context(mock.patch.object(replay_sleep, "known_after", believed))
         yield
 
 
@@ -152,9 +159,15 @@ def main() -> None:
     config, _ = load_config(StreamConfig, None, USUAL | split_overrides(args.options))
     places, seeds = config.store.capacity, [int(seed) for seed in args.seeds.split(",")]
     c = load_language_model(config.model).model.config
+    rows = args.only.split(",")
+    if unknown := [name for name in rows if name not in ROWS + CONTROLS]:
+        parser.error(f"--only {unknown[0]}: the rows are {', '.join(ROWS + CONTROLS)}")
+    first = next((name for name in rows if name in CONTROLS or name == "asleep"), "asleep")
+    if first != "asleep":
+        parser.error(f"--only: {first} is compared with asleep, which must stand before it")
     print(f"| {' | '.join(HEAD)} |\n|---{'|--:' * (len(HEAD) - 1)}|")
     most = 0.0  # FLOPs per token of `asleep`
-    for name in args.only.split(","):
+    for name in rows:
         given = flat(config)
         if name in CONTROLS:
             given |= sizes_of(c, places, config.limit_tokens, most)[name]

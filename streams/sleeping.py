@@ -43,10 +43,10 @@ def check_sleep(config: SleepConfig, model: TTLModel) -> None:
     try:
         check_model(model, config)
     except ValueError as error:
-        needs, instead = "with fast weights", "none"
+        needs = "with a store and fast weights that sleep alone writes (fast.write=asleep)"
         if not config.replays:
-            needs, instead = "whose fast weights are written awake (fast.write=always)", "replay"
-        remedy = f"use a model {needs}, or sleep.rule={instead}"
+            needs = "that was trained with train.passes, its fast weights written awake"
+        remedy = f"use a model {needs}; sleep.rule=none leaves sleep out"
         raise Refused(str(error), "", remedy) from error
 
 

@@ -215,6 +215,11 @@ class TrainConfig:
                 raise ValueError(f"train.passes={self.train.passes} needs model.fast.passes={most}")
             if self.data.kind == "text":
                 raise ValueError("train.passes needs generated tasks, not data.kind=text")
+            if self.train.evict == "hard" and self.admission.distractor_share:
+                raise ValueError(
+                    "train.evict=hard needs admission.distractor_share=0: distractors stand "
+                    "where the window was, and hard eviction has put its own tokens there"
+                )
         layers = set(self.model.fast_layers) & set(self.model.store_layers)
         if self.train.sleep_drop and not layers:
             raise ValueError("train.sleep_drop needs a layer of model.fast_layers with a store")

@@ -19,7 +19,7 @@ from wakesleep.streams.training_draws import Draw
 from wakesleep.streams.training_sleep import sleep_drop, sleep_through
 from wakesleep.ttl.model import TTLModel
 from wakesleep.ttl.recompute import recomputed
-from wakesleep.ttl.state import StreamState
+from wakesleep.ttl.state import StreamState, merge
 
 
 class Unrolled(NamedTuple):
@@ -99,14 +99,22 @@ def unroll(
             blind=None if blind is None else blind[:, here],
             head=False,
         )
-        if draw.num_passes and not bool((batch.weight[:, here] > 0).any()):
-            state = sleep_through(model, state, draw.num_passes, draw.evict)
+        if draw.num_passes:
+            state = rest(model, state, draw, ~(batch.weight[:, here] > 0).any(1))
         hidden.append(x)
         surprise.append(stats.surprise)
         nonfinite += int(stats.nonfinite.sum())
     parts = (hidden, position, stored, surprise)
     hidden, position, stored, surprise = (torch.cat(part, 1) for part in parts)
     return Unrolled(hidden, state, position, stored, foreign, nonfinite, surprise)
+
+
+def rest(model: TTLModel, state: StreamState, draw: Draw, quiet: Tensor) -> StreamState:
+    """Sleep by recurrence in the lanes where nothing was asked, quiet [B] bool."""
+    if not bool(quiet.any()):
+        return state
+    slept = sleep_through(model, state, draw.num_passes, draw.evict)
+    return slept if bool(quiet.all()) else merge(quiet, slept, state)
 
 
 def next_token_loss(

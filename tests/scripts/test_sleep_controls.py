@@ -47,6 +47,16 @@ def test_a_control_lasts_as_long_as_it_is_asked_for(script):
     assert (replay_sleep.change, replay_sleep.judge) == before
 
 
+@pytest.mark.parametrize(
+    "only, why", [("awake,sleep", "the rows are"), ("wider window,asleep", "before it")]
+)
+def test_rows_that_cannot_be_are_refused(script, monkeypatch, capsys, only, why):
+    monkeypatch.setattr("sys.argv", ["x", "--only", only])
+    with pytest.raises(SystemExit):
+        script("sleep_controls").main()
+    assert why in capsys.readouterr().err
+
+
 def test_sizes_of_equal_cost_cost_as_much_and_no_more(script, make_model):
     c = load_model(make_model(fast_layers=(1,))).config
     sizes = script("sleep_controls").sizes_of(c, 32, 4096, 1.3 * wake_flops(c, 0, 4096) / 4096)
@@ -78,5 +88,6 @@ def test_a_table_has_a_row_for_each_that_was_asked_for(
     assert float(rows["awake"][6]) == 0 < float(rows["asleep"][6])
     refused = {name: int(row[7].split(",")[0]) for name, row in rows.items() if row[7][0].isdigit()}
     assert refused["flipped"] > refused["flipped ungated"] == 0
+    assert rows["flipped ungated"][7].rstrip("| ") == "0, 0"
     assert int(rows["equal compute"][1].split(",")[0]) >= 16
     assert float(rows["equal compute"][5]) == pytest.approx(float(rows["asleep"][5]), rel=0.2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from wakesleep.streams import unroll
 from wakesleep.streams.depo import Depo, DepoConfig
 from wakesleep.streams.training import StreamModule
 from wakesleep.streams.training_config import DataConfig, OptimConfig, StepConfig, TrainConfig
@@ -16,6 +17,7 @@ from wakesleep.streams.training_draws import draw_step
 from wakesleep.streams.training_sleep import sleep_through
 from wakesleep.ttl.fast import FastConfig
 from wakesleep.ttl.model import ModelConfig
+from wakesleep.ttl.state import map_state
 
 DEPO = DepoConfig(nodes=8, hops=4, queries=5, context=18, names=20)
 L = 6
@@ -112,6 +114,12 @@ def module_of(config=CONFIG) -> StreamModule:
     return StreamModule(config)
 
 
+def tensors(tree) -> list[torch.Tensor]:
+    found = []
+    map_state(lambda t: found.append(t) or t, tree)
+    return [t for t in found if t.dim()]
+
+
 def loss_of(module, batch, passes, evict="hard"):
     draw = draw_step(module.config, 0, 0, batch.fact.sum(1).numpy())
     module._draw = lambda *_: draw._replace(num_passes=passes, evict=evict)
@@ -152,6 +160,19 @@ def test_behind_a_hard_eviction_only_fast_weights_know_what_was_read():
         assert torch.equal(*ends) == same, (logit, evict)
 
 
+def test_a_lane_sleeps_where_nothing_was_asked_whatever_others_do():
+    model, tokens = module_of().model.double(), torch.randint(6, 32, (3, L))
+    draw = draw_step(CONFIG, 0, 0, np.full(3, 8))._replace(num_passes=2, evict="hard")
+    with torch.no_grad():
+        state = model(tokens, model.init_state(3))[1]
+        slept = sleep_through(model, state, 2, "hard")
+        assert unroll.rest(model, state, draw, torch.zeros(3, dtype=torch.bool)) is state
+        mixed = unroll.rest(model, state, draw, torch.tensor([True, False, True]))
+    for lane, expected in enumerate((slept, state, slept)):
+        parts = zip(tensors(mixed), tensors(expected), strict=True)
+        assert all(torch.equal(a[lane], b[lane]) for a, b in parts)
+
+
 def test_every_number_of_passes_is_drawn():
     facts = np.full(4, 8)
     drawn = [draw_step(CONFIG, n, 0, facts).num_passes for n in range(60)]
@@ -165,6 +186,12 @@ def test_every_number_of_passes_is_drawn():
 def test_a_model_that_cannot_sleep_by_recurrence_is_refused(options):
     with pytest.raises(ValueError, match=r"train.passes needs model.fast_layers"):
         dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **options))
+
+
+def test_distractors_and_hard_eviction_are_refused_together():
+    admission = dataclasses.replace(CONFIG.admission, distractor_share=0.5)
+    with pytest.raises(ValueError, match=r"evict=hard needs admission\.distractor_share=0"):
+        dataclasses.replace(CONFIG, admission=admission)
 
 
 def test_depo_is_learned_a_little_in_a_few_steps():
