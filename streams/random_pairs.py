@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from wakesleep.streams.sequences import EPISODE, FILL, LATEST, Page, Run, horizon
+from wakesleep.streams.sequences import EPISODE, FILL, LATEST, Page, Run, spread_times
 from wakesleep.streams.tokenizer import NUM_SPECIAL
 
 SAID = (4, 64)  # statements of an episode of names whose values change
@@ -80,7 +80,7 @@ def _say_and_ask_latest(page: Page, said: int, spread: bool, ends: set[int]) -> 
     turns = [*names, *draw.choices(names, k=said - len(names))]
     draw.shuffle(turns)
     last = {name: turn for turn, name in enumerate(turns)}
-    times = sorted(draw.uniform(0, horizon(page)) for _ in turns) if spread else [None] * said
+    times = spread_times(page, said) if spread else [None] * said
     values, sources = {}, {}
     for turn, (name, time) in enumerate(zip(turns, times, strict=True)):
         values[name] = _random_ids(page, VALUE_TOKENS)

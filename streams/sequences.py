@@ -27,6 +27,7 @@ from wakesleep.streams.tokenizer import Tokenizer
 LINE_SHARE = 0.25  # of statements that begin a line; the others stand inside a paragraph
 FILL = 0.75  # of a sequence that statements and questions take at most, unless it is a dense one
 EPISODE = (2, 16)  # facts of one episode of a dense sequence
+CLOSER = 8  # times closer together than all over a page, at most
 DENSE_CHANGES = 0.2  # share of the facts of a dense sequence that change
 PAIR, STORY, UNKNOWN, REVERSED, LATEST = "pair", "story", "unknown", "reversed", "latest_pair"
 BABI = ("qa1", "qa2", "qa3", "qa4", "qa5")
@@ -341,6 +342,18 @@ def _ask_later(page: Page, end: float, fact: Fact, source: int) -> None:
 def horizon(page: Page) -> float:
     """Where the last statements of a page are: questions fit behind, out of the window."""
     return max(page.length - page.config.far - 64, page.length / 4)
+
+
+def spread_times(page: Page, count: int) -> list[float]:
+    """Where `count` statements are, in order: over all of that part of the page, or close together.
+
+    When all of them have left the window, an earlier one may have been in the window when a later
+    one was read, or no longer. That the later one counts has to be learned of both.
+    """
+    whole = horizon(page)
+    part = whole * CLOSER ** -page.draw.random()
+    start = page.draw.uniform(0, whole - part)
+    return sorted(page.draw.uniform(start, start + part) for _ in range(count))
 
 
 def _find(ids: list[int], part: list[int]) -> range:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from wakesleep.streams.sequences import STORY, Page, horizon
+from wakesleep.streams.sequences import STORY, Page, spread_times
 from wakesleep.streams.words import Words
 
 MOVES = ("went to", "moved to", "travelled to", "journeyed to", "walked to", "went back to")
@@ -42,14 +42,14 @@ def spread_story(
     strangers: Sequence[str] = (),
     most: float = math.inf,
 ) -> None:
-    """Lay events into the early part of a page, with questions between and behind.
+    """Lay events into a page's early part, far apart or not, with questions between and behind.
 
     Args:
         strangers: people who may be asked for although nothing was said of them.
         most: questions.
     """
     draw = page.draw
-    times = sorted(draw.uniform(0, horizon(page)) for _ in events)
+    times = spread_times(page, len(events))
     telling = {event for _, event in events[-1].known.values()}
     numbers = [
         page.say(time, event.text, event.named, valid=index in telling, told=event.told)

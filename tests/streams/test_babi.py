@@ -6,12 +6,20 @@ of the tasks 1 to 4 and 998 of task 5, where two have more than one answer.
 
 import random
 import re
+from itertools import pairwise
 
 import pytest
 
 from wakesleep.streams import babi
 from wakesleep.streams.babi import PLACES, make_babi, open_cast, own_cast, spread_babi, write_babi
-from wakesleep.streams.sequences import ANSWER_KINDS, BABI, Page, RecallConfig
+from wakesleep.streams.sequences import (
+    ANSWER_KINDS,
+    BABI,
+    Page,
+    RecallConfig,
+    horizon,
+    spread_times,
+)
 from wakesleep.streams.training_config import TrainConfig
 from wakesleep.streams.training_data import open_tokenizer
 from wakesleep.streams.words import load_words
@@ -254,3 +262,18 @@ def test_of_three_rooms_one_question_is_asked():
         page = Page(tokenizer, random.Random(seed), 512, RecallConfig())
         spread_babi(page, ["qa4"], words, 0.5)
         assert [piece.kind is None for piece in page.pieces] == [True, True, False]
+
+
+def test_statements_are_far_apart_on_some_pages_and_close_together_on_others():
+    """Both within a window of 256 when the later one is read, and not."""
+    spans, gaps, starts = [], [], []
+    for seed in range(200):
+        page = Page(open_tokenizer(TrainConfig()), random.Random(seed), 2048, RecallConfig())
+        times = spread_times(page, 10)
+        assert times == sorted(times) and 0 <= times[0] and times[-1] <= horizon(page)
+        spans.append((times[-1] - times[0]) / horizon(page))
+        gaps += [b - a for a, b in pairwise(times)]
+        starts.append(times[0] / horizon(page))
+    assert min(spans) < 0.12 and max(spans) > 0.8 and max(starts) > 0.6
+    close = sum(gap < 64 for gap in gaps) / len(gaps)
+    assert 0.5 < close < 0.8 and sum(gap > 256 for gap in gaps) > 50
