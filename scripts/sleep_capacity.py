@@ -82,10 +82,17 @@ def at_once(store: StoreState, expansion: int) -> Tensor:
     return rehearsed_write(fast.s, store.k, store.v, weight, fast.old.k, 300)
 
 
-def bytes_per_head(width: int, expansion: int) -> tuple[int, int]:
-    """Of fast weights with all that guards them, and of a place of the store, in bfloat16."""
-    like = torch.zeros(1, dtype=torch.bfloat16)
-    fast = no_fast_weights(like, 1, 1, width, hidden=expansion * width)
+def bytes_per_head(
+    width: int, expansion: int, places: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> tuple[int, int]:
+    """Of fast weights with all that guards them, and of a place of the store without them.
+
+    Args:
+        places: of the store that the fast weights are beside: each has a mark.
+        dtype: of the window.
+    """
+    like = torch.zeros(1, dtype=dtype)
+    fast = no_fast_weights(like, 1, 1, width, places, hidden=expansion * width)
     place = 2 * width * like.itemsize + 2 * 4 + 8 + 4 * SPAN  # score, mass, position, ids
     return sum(t.nbytes for t in flatten(fast).values()), place
 

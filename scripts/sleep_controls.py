@@ -36,7 +36,7 @@ from wakesleep.consolidation import replay_sleep
 from wakesleep.consolidation.gate import Verdict
 from wakesleep.streams import Session
 from wakesleep.streams.config import flat, load_config, split_overrides
-from wakesleep.streams.language_model import load_language_model
+from wakesleep.streams.language_model import load_language_model, pick_device, pick_dtype
 from wakesleep.streams.results import by_training
 from wakesleep.streams.stream_config import StreamConfig
 from wakesleep.ttl.flops import wake_flops
@@ -131,13 +131,16 @@ def largest(cost: Callable[[int], float], most: float, step: int) -> int:
     return size
 
 
-def sizes_of(c: ModelConfig, places: int, tokens: int, flops: float) -> dict[str, dict[str, int]]:
+def sizes_of(
+    c: ModelConfig, places: int, tokens: int, flops: float, dtype: torch.dtype
+) -> dict[str, dict[str, int]]:
     """The keys of each control in CONTROLS, for a cost of so many FLOPs per token."""
 
     def cost(**sizes: int) -> float:
         return wake_flops(c, 0, tokens, **sizes) / tokens
 
-    weighs, place = bytes_per_head(c.head_dim, c.fast.expansion if c.fast.kind == "mlp" else 0)
+    wide = c.fast.expansion if c.fast.kind == "mlp" else 0
+    weighs, place = bytes_per_head(c.head_dim, wide, places, dtype)
     more = -(-weighs * len(c.fast_layers) // (place * len(c.store_layers)))
     wide = largest(lambda n: cost(window=n, capacity=places), flops, c.chunk)
     large = largest(lambda n: cost(capacity=n), flops, 16)
@@ -158,6 +161,7 @@ def main() -> None:
     args = parser.parse_args()
     config, _ = load_config(StreamConfig, None, USUAL | split_overrides(args.options))
     places, seeds = config.store.capacity, [int(seed) for seed in args.seeds.split(",")]
+    dtype = getattr(torch, pick_dtype(config.dtype, pick_device(config.device)))
     c = load_language_model(config.model).model.config
     rows = args.only.split(",")
     if unknown := [name for name in rows if name not in ROWS + CONTROLS]:
@@ -170,7 +174,7 @@ def main() -> None:
     for name in rows:
         given = flat(config)
         if name in CONTROLS:
-            given |= sizes_of(c, places, config.limit_tokens, most)[name]
+            given |= sizes_of(c, places, config.limit_tokens, most, dtype)[name]
         elif name.removesuffix(UNGATED) in ASLEEP:
             given["sleep.rule"] = "replay"
             given |= {"sleep.tail_loss": 100.0} if name.endswith(UNGATED) else {}

@@ -146,7 +146,8 @@ def rows_of(models: dict[str, TTLModel], pairs: Pairs, places: int, config: Slee
     yield Row("awake", places, *recall(first, awake, pairs), None)
     for kind, model in models.items():
         c = model.config
-        weighs, place = bytes_per_head(c.head_dim, c.fast.expansion if kind == "mlp" else 0)
+        wide, dtype = c.fast.expansion if kind == "mlp" else 0, next(model.parameters()).dtype
+        weighs, place = bytes_per_head(c.head_dim, wide, places, dtype)
         more = places + -(-weighs // place)
         state, _ = read(first, pairs, more, None)
         yield Row(f"equal bytes, {kind}", more, *recall(first, state, pairs), None)

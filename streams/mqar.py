@@ -2,9 +2,10 @@
 
     k1 v1 k2 v2 ... kP vP . . kj vj . ki vi . . .
 
-The first 2 P tokens are pairs of distinct keys with random values. Behind them the keys come back
-once each, at random places among filler tokens, and the token after a key must be its value. The
-lower half of the vocabulary holds keys, the upper half values; id 0 is the filler.
+The first 2 P tokens are pairs of distinct keys with random values; with a `gap` there are so many
+filler tokens behind each, on average. Behind them all the keys come back once each, at random
+places among filler tokens, and the token after a key must be its value. The lower half of the
+vocabulary holds keys, the upper half values; id 0 is the filler.
 
 With `overwritten` keys that many are said a second time, with another value and in random order
 among all pairs, and the later value counts ("forgetting").
@@ -24,6 +25,7 @@ class MQARConfig:
     queries: int = 64  # of the pairs, asked once each
     overwritten: int = 0  # of the pairs, said again with another value
     vocab_size: int = 1024  # filler, keys and values together
+    gap: int = 0  # tokens of filler behind a pair, on average
 
     def __post_init__(self) -> None:
         if not 1 <= self.queries <= self.pairs:
@@ -32,6 +34,8 @@ class MQARConfig:
             raise ValueError(
                 f"overwritten must be between 0 and pairs={self.pairs}: {self.overwritten}"
             )
+        if self.gap < 0:
+            raise ValueError(f"gap must be at least 0, got {self.gap}")
         if self.vocab_size < 2 * self.pairs + 2:
             raise ValueError(
                 f"vocab_size must be at least 2 * pairs + 2 = {2 * self.pairs + 2}, "
@@ -45,11 +49,12 @@ class MQAR:
     kinds = ("mqar", "overwritten")
 
     def __init__(self, config: MQARConfig, sequence_len: int, seed: int) -> None:
-        need = 2 * (config.pairs + config.overwritten + config.queries)
+        said = config.pairs + config.overwritten
+        need = (2 + config.gap) * said + 2 * config.queries
         if sequence_len < need:
             raise ValueError(
-                f"sequence_len must be at least 2 * (pairs + overwritten + queries) = {need}, "
-                f"got {sequence_len}"
+                "sequence_len must be at least (2 + gap) * (pairs + overwritten) + 2 * queries = "
+                f"{need}, got {sequence_len}"
             )
         self.config, self.sequence_len, self.seed = config, sequence_len, seed
 
@@ -72,21 +77,25 @@ class MQAR:
         asked = rng.random((lanes, P)).argsort(axis=1)[:, :Q]
         # Q slots of two tokens out of what is left, in order: gaps of any length between them
         said = P + self.config.overwritten
-        spare = T - 2 * said - Q
-        slots = np.sort(rng.random((lanes, spare)).argsort(axis=1)[:, :Q], axis=1)
-        column = 2 * said + slots + np.arange(Q)
+        first = said * (2 + self.config.gap)
+        slots = np.sort(rng.random((lanes, T - first - Q)).argsort(axis=1)[:, :Q], axis=1)
+        column = first + slots + np.arange(Q)
         lane = np.arange(lanes)[:, None]
         pair, last, latest = self._order(rng, values)
+        at = 2 * np.arange(said)  # of each pair's key
+        if self.config.gap:
+            at = at + np.sort(rng.integers(0, first - 2 * said + 1, (lanes, said)), axis=1)
+        at = np.broadcast_to(at, (lanes, said))
         tokens = np.zeros((lanes, T), np.int64)
         counts = last[lane, pair] == np.arange(said)
-        tokens[:, 0 : 2 * said : 2] = keys[lane, pair]
-        tokens[:, 1 : 2 * said : 2] = np.where(counts, latest[lane, pair], values[lane, pair])
+        tokens[lane, at] = keys[lane, pair]
+        tokens[lane, at + 1] = np.where(counts, latest[lane, pair], values[lane, pair])
         tokens[lane, column] = keys[lane, asked]
         tokens[lane, column + 1] = latest[lane, asked]
         weight = np.zeros((lanes, T), np.float32)
         weight[lane, column + 1] = 1.0
         fact, value = np.zeros((2, lanes, T), bool)
-        fact[:, 1 : 2 * said : 2], value[:, 1 : 2 * said : 2] = counts, True
+        fact[lane, at + 1], value[lane, at + 1] = counts, True
         start = (column + 1).ravel()
         overwritten = (latest != values)[lane, asked].ravel()
         return {
@@ -97,7 +106,7 @@ class MQAR:
             "answer_lane": np.repeat(np.arange(lanes), Q),
             "answer_start": start,
             "answer_stop": start + 1,
-            "answer_age": (column - 2 * last[lane, asked]).ravel(),
+            "answer_age": (column - at[lane, last[lane, asked]]).ravel(),
             "answer_kind": overwritten.astype(np.int64),
             "answer_stale": np.where(overwritten, values[lane, asked].ravel(), -1),
         }

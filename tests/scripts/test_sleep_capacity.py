@@ -1,5 +1,6 @@
 """What the capacity script counts."""
 
+import pytest
 import torch
 
 from wakesleep.ttl.fast import FastConfig
@@ -20,17 +21,18 @@ def test_a_few_pairs_are_recalled_and_too_many_not_even_by_the_ridge_fit(
     assert told.endswith("20.5 kB per head, 98 store places")
 
 
-def test_bytes_are_those_of_a_state_in_bfloat16(script):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_are_those_of_a_state(script, dtype):
     shape = {"vocab_size": 50, "dim": 16, "num_layers": 1, "num_heads": 1, "head_dim": 16}
     shape |= {"mlp_dim": 16, "memory_layers": (), "store_layers": (0,)}
-    fast, place = script("sleep_capacity").bytes_per_head(16, 4)
+    fast, place = script("sleep_capacity").bytes_per_head(16, 4, 64, dtype)
     sizes = []
     for capacity, layers in ((64, ()), (65, ()), (64, (0,))):
         config = ModelConfig(**shape, fast_layers=layers, fast=FastConfig(kind="mlp", expansion=4))
-        parts = state_bytes(config, capacity=capacity, dtype=torch.bfloat16)
+        parts = state_bytes(config, capacity=capacity, dtype=dtype)
         sizes.append(sum(part.nbytes for part in parts))
     assert sizes[1] - sizes[0] == place
-    assert sizes[2] - sizes[0] == fast + 8 * 64  # and a mark for each place
+    assert sizes[2] - sizes[0] == fast
 
 
 def test_recall_counts_the_pairs_whose_own_value_is_nearest(script):

@@ -59,7 +59,9 @@ def test_rows_that_cannot_be_are_refused(script, monkeypatch, capsys, only, why)
 
 def test_sizes_of_equal_cost_cost_as_much_and_no_more(script, make_model):
     c = load_model(make_model(fast_layers=(1,))).config
-    sizes = script("sleep_controls").sizes_of(c, 32, 4096, 1.3 * wake_flops(c, 0, 4096) / 4096)
+    sizes = script("sleep_controls").sizes_of(
+        c, 32, 4096, 1.3 * wake_flops(c, 0, 4096) / 4096, torch.bfloat16
+    )
     most = 1.3 * wake_flops(c, 0, 4096)
     large = sizes["equal compute"]["store.capacity"]
     wide = sizes["wider window"]["window"]

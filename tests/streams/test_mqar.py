@@ -48,10 +48,35 @@ def test_the_latest_value_of_an_overwritten_key_counts():
         assert batch["answer_kind"].sum() == 3 * 4 and batch["value"].sum() == 3 * 10
         orders.add(tuple(batch["answer_age"]))
     assert len(orders) == 20
-    with pytest.raises(ValueError, match=r"\(pairs \+ overwritten \+ queries\) = 32, got 31"):
+    with pytest.raises(ValueError, match=r"\(pairs \+ overwritten\) \+ 2 \* queries = 32, got 31"):
         MQAR(config, 31, 0)
     with pytest.raises(ValueError, match="overwritten must be between 0 and pairs=6: 7"):
         MQARConfig(pairs=6, queries=6, overwritten=7, vocab_size=40)
+
+
+def test_a_gap_is_filler_between_pairs():
+    config = MQARConfig(pairs=6, queries=6, overwritten=2, vocab_size=40, gap=3)
+    task, spaces = MQAR(config, 60, seed=0), []
+    for step in range(20):
+        batch = task.batch(step, lanes=3)
+        for row, value in zip(batch["tokens"], batch["value"], strict=True):
+            at = np.flatnonzero(value)
+            assert len(at) == 8 and at[-1] < 40 and (row[at] >= 20).all()
+            assert ((row[at - 1] > 0) & (row[at - 1] < 20)).all()
+            said = {*at, *(at - 1)}
+            assert all(row[i] == 0 for i in range(40) if i not in said)
+            spaces += (np.diff(at) - 2).tolist()
+        for lane, start, age in zip(
+            *(batch[f"answer_{name}"] for name in ("lane", "start", "age")), strict=True
+        ):
+            row = batch["tokens"][lane]
+            assert row[start] == row[start - age] and row[start - 1] == row[start - age - 1]
+            assert batch["fact"][lane, start - age]
+    assert min(spaces) == 0 and 2 < np.mean(spaces) < 3.5 and max(spaces) > 8
+    with pytest.raises(ValueError, match="= 52, got 51"):
+        MQAR(config, 51, 0)
+    with pytest.raises(ValueError, match="gap must be at least 0"):
+        MQARConfig(pairs=6, queries=6, vocab_size=40, gap=-1)
 
 
 def test_a_batch_depends_on_its_number_and_the_seed_alone():
