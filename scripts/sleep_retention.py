@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from recall_rows import wilson
 from torch import Tensor
 
 from wakesleep.consolidation.budget import Ledger
@@ -103,6 +104,11 @@ def carry_out(model, state: StreamState, layer: int, place: Tensor, items: int, 
         yield state.blocks[layer].fast, report
 
 
+def _share(found: Tensor) -> str:
+    low, high = wilson(int(found.sum()), found.numel())
+    return f"{found.double().mean():.3f} ({low:.2f} to {high:.2f})"
+
+
 def main() -> None:
     """Print what is known of the items of each tenth of the sleeps, then and in the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -112,6 +118,8 @@ def main() -> None:
     parser.add_argument("--expansion", type=int, default=0, help="of an MLP; 0 for a matrix")
     parser.add_argument("--tolerance", type=float, default=0.9)
     args = parser.parse_args()
+    if args.sleeps < TENTHS or args.sleeps % TENTHS:
+        parser.error(f"--sleeps must be a multiple of {TENTHS}, got {args.sleeps}")
     model, state, layer = arrange(Session.load(args.session), args.expansion)
     store = state.blocks[layer].store
     place = items_of(store, args.sleeps * args.items)
@@ -126,15 +134,15 @@ def main() -> None:
         if number % per_tenth == 0:
             end = number * args.items
             new = slice(end - per_tenth * args.items, end)
-            found = known(fast.s[:, heads], k[:, :, :end], v[:, :, :end])
-            then.append(float(found[..., new].double().mean()))
-    last = known(fast.s[:, heads], k, v).double().mean((0, 1)).unflatten(0, (TENTHS, -1)).mean(-1)
-    ceiling = known(at_once(k, v, model), k, v).double().mean((0, 1)).unflatten(0, (TENTHS, -1))
-    print("| sleeps | known right after | in the end | of all at once |\n|---|--:|--:|--:|")
+            then.append(known(fast.s[:, heads], k, v)[..., new])
+    last, ceiling = (
+        known(s, k, v).chunk(TENTHS, -1) for s in (fast.s[:, heads], at_once(k, v, model))
+    )
+    print(f"| sleeps | known right after | in the end | of all at once | of |\n|---|{4 * '--:|'}")
     for tenth in range(TENTHS):
         span = f"{tenth * per_tenth + 1} to {(tenth + 1) * per_tenth}"
-        parts = (then[tenth], last[tenth], ceiling[tenth].mean())
-        print(f"| {span} | " + " | ".join(f"{part:.3f}" for part in parts) + " |")
+        cells = [_share(found[tenth]) for found in (then, last, ceiling)]
+        print(f"| {span} | {' | '.join(cells)} | {last[tenth].numel()} |")
     written = len(store.position) * int(heads.sum())
     print(f"\n{args.items} new pairs per head, {written} heads, width {k.shape[-1]}")
     told = ", ".join(f"{count} because {rule}" for rule, count in rules.items())

@@ -82,7 +82,9 @@ def _sort(items: list[str]) -> tuple[str, int, list[str]]:
         raise Refused(
             "sleep needs the folder of a session", "", f"wakesleep sleep DIR {BUDGET}=1e12"
         )
-    folder, *keys = items
+    folder = next((item for item in items if "=" not in item or Path(item).exists()), items[0])
+    keys = list(items)
+    keys.remove(folder)
     given = [key.partition("=")[2] for key in keys if key.startswith(f"{BUDGET}=")]
     if not given:
         raise Refused(
@@ -91,7 +93,9 @@ def _sort(items: list[str]) -> tuple[str, int, list[str]]:
     try:
         grant = parse_count(given[-1])
     except ValueError:
-        raise Refused(f"{BUDGET}={given[-1]}: expected a whole number of FLOPs (1e12)") from None
+        raise Refused(
+            f"{BUDGET}={given[-1]}: expected a whole number of FLOPs up to 9e18 (1e12)"
+        ) from None
     return folder, grant, [key for key in keys if not key.startswith(f"{BUDGET}=")]
 
 

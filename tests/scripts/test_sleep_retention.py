@@ -24,9 +24,17 @@ def test_every_sleep_writes_its_items_and_the_table_tells_what_is_left(
     lines = capsys.readouterr().out.splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines[2:12]]
     assert [row[0] for row in rows] == [f"{n} to {n}" for n in range(1, 11)]
-    then, last = ([float(row[i]) for row in rows] for i in (1, 2))
+    then, last = ([float(row[i].split()[0]) for row in rows] for i in (1, 2))
+    assert {row[4] for row in rows} == {rows[0][4]} and int(rows[0][4]) > 0
     assert then[0] == 1.0 and all(0 <= x <= 1 for x in [*then, *last])
     assert sum(last) >= 1 and lines[-1].startswith("refused: ")
+
+
+def test_sleeps_that_have_no_tenths_are_refused(retention, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", "nowhere", "--sleeps", "25"])
+    with pytest.raises(SystemExit):
+        retention.main()
+    assert "multiple of 10" in capsys.readouterr().err
 
 
 def test_items_are_pairs_in_the_order_of_the_stream(retention, session_folder):
