@@ -60,8 +60,7 @@ def load_config(
             values[key] = _parse(key, raw, kinds, where)
             given[key] = origin
     config = _build(schema, values, given)
-    origins = {key: given.get(key, "default") for key in flat(config)}
-    return config, origins
+    return config, {key: _origin(key, given) for key in flat(config)}
 
 
 def split_overrides(texts: Iterable[str]) -> dict[str, str]:
@@ -155,6 +154,13 @@ def _flatten(
             yield from _flatten(raw, kinds, where, f"{key}.")
         else:
             yield key, raw
+
+
+def _origin(key: str, given: Mapping[str, str]) -> str:
+    """Where a key is from, or else the mapping that it is in."""
+    parts = key.split(".")
+    heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((given[head] for head in heads if head in given), "default")
 
 
 def _parse(key: str, raw: Any, kinds: Mapping[str, Any], where: str) -> Any:

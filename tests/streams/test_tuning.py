@@ -81,6 +81,13 @@ def whole(folder, config):
     return study(folder, config)
 
 
+def test_searched_keys_of_a_file_are_said_to_be_from_it():
+    recipe = files("wakesleep.configs") / "tune_sleep.yaml"
+    _, origins = load_config(TuneConfig, recipe, ["search.window=[64,32]"])
+    assert origins["search.sleep.offline_ratio"] == origins["stream.sleep.rule"] == "file"
+    assert origins["search.window"] == "command line" and origins["goal"] == "default"
+
+
 def test_a_signal_at_the_end_of_a_stream_stops_the_study(tmp_path, config, monkeypatch):
     read = Session.read
 
