@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wakesleep.streams.config import as_dict, flat
+from wakesleep.streams.errors import Refused
 from wakesleep.streams.language_model import LanguageModel
 from wakesleep.streams.reading import Watch
 from wakesleep.streams.results import Fact, by_training
@@ -59,11 +60,23 @@ def measure(
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """What was measured in this folder, None if that is not finished."""
+    """What was measured in this folder, None if that is not finished.
+
+    Raises:
+        Refused: the file is none of ours.
+    """
     if not (folder / RESULT).exists():
         return None
-    with open_regular(folder / RESULT, MAX_BYTES) as file:
-        return parse_json(file.read(), RESULT)
+    try:
+        with open_regular(folder / RESULT, MAX_BYTES) as file:
+            found = parse_json(file.read(), RESULT)
+        if type(found) is not dict or not found.keys() >= {"values", "recall", "state_bytes"}:
+            raise ValueError(f"{RESULT} has not the fields of a result")
+    except ValueError as error:
+        what = str(error).splitlines()[0]
+        remedy = "delete it, and the setting is measured again"
+        raise Refused(f"{folder / RESULT} cannot be used", what, remedy) from error
+    return found
 
 
 def _sizes(model: LanguageModel, options: Any) -> dict[str, int]:

@@ -88,6 +88,13 @@ def test_searched_keys_of_a_file_are_said_to_be_from_it():
     assert origins["search.window"] == "command line" and origins["goal"] == "default"
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", "no JSON"])
+def test_a_result_that_is_none_of_ours_is_refused_by_name(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(Refused, match=r"result\.json cannot be used"):
+        tune_trial.read_result(tmp_path)
+
+
 def test_a_signal_at_the_end_of_a_stream_stops_the_study(tmp_path, config, monkeypatch):
     read = Session.read
 
