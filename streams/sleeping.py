@@ -45,7 +45,7 @@ def check_sleep(config: SleepConfig, model: TTLModel) -> None:
     except ValueError as error:
         needs = "with a store and fast weights that sleep alone writes (fast.write=asleep)"
         if not config.replays:
-            needs = "that was trained with train.passes, its fast weights written awake"
+            needs = "whose fast weights are written awake, trained with train.passes"
         remedy = f"use a model {needs}; sleep.rule=none leaves sleep out"
         raise Refused(str(error), "", remedy) from error
 
