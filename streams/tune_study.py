@@ -96,6 +96,7 @@ class Study:
         with StopSignals() as stop:
             try:
                 tuning.work(trials.told, stop, trials)
+                stop.check()
                 with stop.waiting():
                     for process in others:
                         process.join()

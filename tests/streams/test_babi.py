@@ -12,6 +12,7 @@ import pytest
 
 from wakesleep.streams import babi
 from wakesleep.streams.babi import PLACES, make_babi, open_cast, own_cast, spread_babi, write_babi
+from wakesleep.streams.random_pairs import write_latest_pairs
 from wakesleep.streams.sequences import (
     ANSWER_KINDS,
     BABI,
@@ -262,6 +263,21 @@ def test_of_three_rooms_one_question_is_asked():
         page = Page(tokenizer, random.Random(seed), 512, RecallConfig())
         spread_babi(page, ["qa4"], words, 0.5)
         assert [piece.kind is None for piece in page.pieces] == [True, True, False]
+
+
+@pytest.mark.parametrize("of", ["stories", "pairs"])
+def test_what_is_said_on_a_page_with_text_is_close_together_on_some(of):
+    spans, tokenizer, words = [], open_tokenizer(TrainConfig()), load_words("train")
+    for seed in range(60):
+        page = Page(tokenizer, random.Random(seed), 2048, RecallConfig())
+        if of == "stories":
+            spread_babi(page, ["qa1"], words, 0.0)
+        else:
+            write_latest_pairs(page)
+        times = [piece.target for piece in page.pieces if piece.kind is None]
+        spans.append((max(times) - min(times)) / horizon(page))
+    assert min(spans) < 0.2 and max(spans) > 0.8
+    assert sum(span < 0.5 for span in spans) > len(spans) / 4  # half of those of pairs are dense
 
 
 def test_statements_are_far_apart_on_some_pages_and_close_together_on_others():

@@ -173,6 +173,22 @@ def test_a_lane_sleeps_where_nothing_was_asked_whatever_others_do():
         assert all(torch.equal(a[lane], b[lane]) for a, b in parts)
 
 
+def test_a_question_in_one_lane_wakes_no_other():
+    """As in half a batch: whoever trains on two processes trains the same."""
+    module, batch = module_of(), open_source(CONFIG).batch(0)
+    draw = draw_step(CONFIG, 0, 0, batch.fact.sum(1).numpy())._replace(num_passes=2, evict="hard")
+    asked = batch.weight.clone()
+    asked[1, :L] = 1.0  # in the first window, where no lane was asked anything
+    read = []
+    with torch.no_grad():
+        for weight in (batch.weight, asked):
+            start = module.model.init_state(len(weight))
+            given = batch._replace(weight=weight), start, draw, module.pool
+            read.append(unroll.unroll(module.model, *given).hidden)
+    same = [bool(torch.equal(a, b)) for a, b in zip(*read, strict=True)]
+    assert same == [lane != 1 for lane in range(len(same))]
+
+
 def test_every_number_of_passes_is_drawn():
     facts = np.full(4, 8)
     drawn = [draw_step(CONFIG, n, 0, facts).num_passes for n in range(60)]

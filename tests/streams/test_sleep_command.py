@@ -32,6 +32,11 @@ def spent(values: dict) -> int:
     return sum(values[f"{name}_flops"] for name in ("sleep", "gate", "wasted"))
 
 
+def test_the_folder_may_stand_behind_the_keys(read, capsys):
+    assert main(["sleep", "sleep.budget=10", read]) == 0
+    assert "slept nothing: a sleep here takes" in capsys.readouterr().out
+
+
 def test_a_session_at_rest_is_slept_over_and_says_what_came_of_it(read, capsys):
     assert main(["sleep", read, "sleep.budget=1e9", "sleep.tail_loss=9"]) == 0
     out, err = capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from wakesleep.streams.stopping import Stopped, StopSignals
 from wakesleep.streams.tune_config import TuneConfig
 from wakesleep.streams.tune_progress import Trials
 from wakesleep.streams.tune_report import settings_yaml
-from wakesleep.streams.tune_study import Study
+from wakesleep.streams.tune_study import Study, _help
 from wakesleep.streams.tuning import Tuning, check_record
 
 SEARCH = {"window": [64, 32], "store.capacity": [32, 8]}
@@ -112,6 +113,17 @@ def test_a_signal_at_the_end_of_a_stream_stops_the_study(tmp_path, config, monke
     assert stopped.value.number == signal.SIGTERM
     monkeypatch.undo()
     assert made.carry_out(Trials(Console(quiet=True), 1280), quiet=True) == 0
+
+
+def test_a_helper_whose_first_process_was_killed_leaves_after_its_setting(tmp_path, config):
+    made = Study(tmp_path / "s", config, 1)
+    made.begin()
+    arguments = (made.folder, config, made.allowed, True, 0)  # nobody's number
+    helper = multiprocessing.get_context("spawn").Process(target=_help, args=arguments)
+    helper.start()
+    helper.join()
+    assert helper.exitcode == 128 + signal.SIGTERM
+    assert len(Tuning(made.folder, config, made.allowed).results()) == 1
 
 
 def test_an_infinite_value_is_one_to_choose(tmp_path, config):
