@@ -12,11 +12,18 @@ which costs R extra columns and saves a second product and the merge of two soft
 adds to a logit is thus from -1/2 to 1/2, whatever the weights: it says which of two equal pairs is
 the later one, and no pair is lost for being old.
 
+Half a nat over all ranks does not tell two equal pairs that are close together apart. With `Newer`
+a second softmax does, whatever their distance: what newer keys take of the first one lowers a
+logit, as in stick-breaking attention (arXiv 2410.17980), but by a bounded number of nats, so that
+an old pair without a newer rival loses nothing.
+
 Shapes: B lanes, H heads, C queries of a chunk, L visible places (place 0 is the sink), K head
-width, R rotary dimensions.
+width, R rotary dimensions, S places of stored keys, the last ones.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +31,15 @@ from torch import Tensor
 from wakesleep.kernels.rotary import rotate
 
 HALF = 0.5  # nats; from rank 0 to any other a logit changes by twice that at most
+
+
+class Newer(NamedTuple):
+    """How keys that are newer than others lower the logits of those."""
+
+    nats: Tensor  # [H] by which a logit falls where newer keys take everything
+    front: int  # places of keys that have no time, in front of the window's
+    oldest: slice  # those of them that are older than all others nevertheless
+    order: Tensor | None  # [B, H, S] stored keys, numbered from 0, newest first; None = no store
 
 
 def widen_query(q: Tensor, turn: Tensor) -> Tensor:
@@ -62,7 +78,12 @@ def unit(r: Tensor) -> Tensor:
 
 
 def softmax_read(
-    logits: Tensor, v: list[Tensor], sink: Tensor, causal_at: int, bias: Tensor | None
+    logits: Tensor,
+    v: list[Tensor],
+    sink: Tensor,
+    causal_at: int,
+    bias: Tensor | None,
+    newer: Newer | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read values v, softmax over the L places.
 
@@ -74,6 +95,7 @@ def softmax_read(
         causal_at: first place of the queries' own chunk; query i sees the chunk up to place i.
         bias: added to the logits, broadcastable to [B, H, C, L], -inf where nobody may look;
             None where all places hold something.
+        newer: read with the second softmax; None = with the first.
 
     Returns:
         values [B, H, C, K] and probabilities [B, H, C, L].
@@ -85,8 +107,32 @@ def softmax_read(
         logits = logits + bias.to(logits.dtype)
     logits[..., 0] = sink[:, None].to(logits.dtype)
     p = torch.softmax(logits, -1)
+    if newer is not None:
+        logits = logits - newer.nats[:, None, None] * newer_mass(p, newer)
+        p = torch.softmax(logits, -1).to(p.dtype)
     pieces = p.flatten(0, 1).split([piece.shape[2] for piece in v], -1)
     out = torch.bmm(pieces[0], v[0].flatten(0, 1))
     for share, piece in zip(pieces[1:], v[1:], strict=True):
         out = torch.baddbmm(out, share, piece.flatten(0, 1))
     return out.view(B, H, C, -1), p
+
+
+def newer_mass(p: Tensor, newer: Newer) -> Tensor:
+    """What keys newer than each take of p [B, H, C, L], float32 at least; 0 for those without time.
+
+    Keys that hold nothing have a p of 0, so their place in the order does not matter.
+    """
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    stored = 0 if newer.order is None else newer.order.shape[-1]
+    untimed, window, store = p.split([newer.front, p.shape[-1] - newer.front - stored, stored], -1)
+    through = window.flip(-1).cumsum(-1).flip(-1)  # of each key and those newer than it
+    passed, parts = through[..., :1], [through - window]
+    if newer.order is not None:
+        order = newer.order[:, :, None].expand(store.shape)
+        ordered = store.gather(-1, order)
+        through = passed + ordered.cumsum(-1)
+        parts.append((through - ordered).gather(-1, order.argsort(-1)))
+        passed = through[..., -1:]
+    front = torch.zeros_like(untimed)
+    front[..., newer.oldest] = passed
+    return torch.cat([front, *parts], -1)

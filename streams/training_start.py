@@ -31,7 +31,8 @@ def start_from(model: TTLModel, config: TrainConfig) -> None:
     may lack the memory, the store or the fast weights that they have there: a twin without a part.
     They may have a store that they lack there: it is read as the window is, and has to learn what
     it keeps. They may have fast weights that they lack there: until something is written, these say
-    nothing. And those may be of another kind: the read has the same weights.
+    nothing. And those may be of another kind: the read has the same weights. Newer keys may lower
+    older ones that they do not lower there: by nothing at first.
     """
     shipped = config.train.start == "default"
     found = load_model(DEFAULT if shipped else config.train.start)
@@ -42,6 +43,7 @@ def start_from(model: TTLModel, config: TrainConfig) -> None:
         fast = before["fast_layers"] and now["fast_layers"]
         unread = key.startswith("fast.") and (key != "fast.write" or not fast)
         unread = unread or (key == "fast_layers" and not before[key])
+        unread = unread or (key == "store.newer" and now[key])
         if before.get(key) != now.get(key) and not fewer and not unread:
             raise Refused(
                 f"model.{key} is {before.get(key)} there and {now.get(key)} here",

@@ -28,6 +28,7 @@ from wakesleep.kernels.convolution import short_convolution
 from wakesleep.kernels.dispatch import softmax_read_form
 from wakesleep.kernels.rotary import rotary_table
 from wakesleep.kernels.softmax_read import (
+    Newer,
     scale_query,
     softmax_read,
     widen_placeless_key,
@@ -46,6 +47,7 @@ from wakesleep.ttl.visible import bias_of, open_slots, overlapping
 
 TAPS = 4  # of the short convolution on q, k, v
 ROTARY_BASE = 10_000.0
+NEWER_NATS = 16.0  # at a weight of 1 of `newer`: it is learned at the rate of gains
 ALIKE = 0.5  # correlation of the projections of queries and keys at the start
 
 
@@ -110,6 +112,8 @@ class WindowAttention(nn.Module):
         self.page_bias = nn.Parameter(torch.zeros(num_heads)) if page else None
         self.out = nn.Linear(inner, dim, bias=False)
         self.store = ExactStore(store, dim, num_heads, head_dim) if store else None
+        newer = store is not None and store.newer
+        self.newer = nn.Parameter(torch.zeros(num_heads)) if newer else None
         self.fast = FastWeights(fast, dim, num_heads, head_dim, chunk) if fast else None
         self._init_parameters()
 
@@ -387,6 +391,7 @@ class WindowAttention(nn.Module):
         front = self._front(told)
         bias = bias_of(front, shown, reader if stored else None, paged, q)
         of = (values, self.sink, front + live.shape[1] - C)
+        probabilities = probabilities or self.newer is not None  # for the second softmax
         if softmax_read_form(q, *keys, *values, probabilities=probabilities) == "triton":
             from wakesleep.kernels.softmax_read_triton import softmax_read_triton
 
@@ -399,7 +404,12 @@ class WindowAttention(nn.Module):
             logits = torch.matmul(q, torch.cat(keys, 2).transpose(2, 3))
         if told is not None:
             logits[..., self._rows(told)].masked_fill_(~told.open[:, :, None], -torch.inf)
-        return softmax_read(logits, *of, bias)
+        newer = None
+        if self.newer is not None:
+            oldest = slice(0, 0) if told is None else self._rows(told)
+            order = reader.newest_first if stored else None
+            newer = Newer(NEWER_NATS * self.newer, front, oldest, order)
+        return softmax_read(logits, *of, bias, newer)
 
     def _rows(self, told: Told) -> slice:
         """Places of an MLP's pairs."""

@@ -29,6 +29,7 @@ class StoreConfig:
     capacity: int = 2048  # S, places per head of a new stream
     score: Literal["learned", "residual", "residual_z", "recency", "reservoir", "mass"] = "learned"
     quota: bool = False  # 16 spans of the stream with a share of the places each
+    newer: bool = False  # keys lower the logits of older ones that the same query asks for
     hidden: int = 64  # width of the admission head
     seed: int = 0  # of the reservoir
 

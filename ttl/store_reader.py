@@ -88,6 +88,11 @@ class BufferReader:
         """[B, H, L] bool: places that hold nothing (other lanes are fuller)."""
         return self.state.position[:, :, : self.used] < 0
 
+    @property
+    def newest_first(self) -> Tensor:
+        """[B, H, L] int64 the places that are read, newest first, empty ones anywhere."""
+        return self.rank[..., : self.used].argsort(-1)
+
     def admit(self, new: StoreState, end: Tensor, chunk: int) -> None:
         """Let the candidates `new` (places = the chunk that leaves; -inf = must not enter) compete.
 
@@ -174,6 +179,11 @@ class PieceReader:
     def values(self) -> list[Tensor]:
         """What is read, in pieces [B, H, L_i, K] of the L pairs."""
         return [v for _, _, v in self.read]
+
+    @property
+    def newest_first(self) -> Tensor:
+        """[B, H, L] int64 the pairs that are read, newest first, dropped ones anywhere."""
+        return self.distance.argsort(-1)
 
     @property
     def state(self) -> StoreState:

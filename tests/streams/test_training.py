@@ -466,7 +466,8 @@ def test_a_run_may_start_from_a_trained_model(tmp_path):
     train(task(train=start, optim=still), tmp_path / "second")
     again = load_model(tmp_path / "second" / "last").state_dict()
     assert all(torch.equal(weight, trained[name]) for name, weight in again.items())
-    sizes = {"window": 24, "store": {"capacity": 24, "hidden": 8}, "fast_layers": [0]}
+    store = {"capacity": 24, "hidden": 8, "newer": True}
+    sizes = {"window": 24, "store": store, "fast_layers": [0]}
     sizes["store_layers"] = [0, 1]
     train(task(train=start, optim=still, model={**MODEL, **sizes}), tmp_path / "other")
     other = load_model(tmp_path / "other" / "last")

@@ -62,6 +62,10 @@ ROWS = {
     "store recency": make(store={"score": "recency"}),
     "store reservoir": make(store={"score": "reservoir"}),
     "store mass": make(store={"score": "mass"}),
+    "store with newer keys first": make(store={"newer": True}),
+    "store, fast weights of an mlp, newer keys first": make(
+        store={"newer": True}, fast_layers=(2,), fast=FastConfig(kind="mlp", expansion=2)
+    ),
     "store residual": make({"kind": "mlp"}, {"score": "residual"}),
     "store residual_z with quota": make(
         {"kind": "mlp"}, {"score": "residual_z", "quota": True, "capacity": 32}
@@ -102,6 +106,8 @@ def build(config: ModelConfig, scale: float = 1.0) -> TTLModel:
         for name, parameter in model.named_parameters():
             if "memory" in name or "fast.gates" in name:
                 parameter.mul_(scale)
+            if name.endswith("attention.newer"):  # nothing at the start, or a leak would hide
+                parameter.fill_(0.5)
     return model
 
 
