@@ -110,8 +110,9 @@ def mark_cost(sizes: Sizes) -> Cost:
 def release_cost(sizes: Sizes, num_marked: int) -> Cost:
     """Of asking for M marked pairs again, the most of any head, and freeing what is found."""
     X, S, K, *_ = sizes
-    M = num_marked
-    return Cost(2 * X * (M * sizes.adds + 2 * M * S * K), 2 * _store(sizes) + _weights(sizes))
+    M, ways = num_marked, 1 if sizes.hidden else 2  # a matrix is asked with keys, too
+    adds = M * ways * sizes.adds + 2 * M * S * K
+    return Cost(2 * X * adds, 2 * _store(sizes) + ways * _weights(sizes))
 
 
 def gate_cost(sizes: Sizes, num_pairs: int) -> Cost:

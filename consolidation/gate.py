@@ -5,8 +5,9 @@ pairs from long ago that were set aside and are never replayed, and for cues of 
 1, 1/2, 1/4, 1/8 the largest one that passes is taken; if none does, the head is as it was, bit for
 bit. Half of the pairs that are set aside are never seen here: they audit the gate itself.
 
-A pair is known if what its key gives back points to its value. Judged one by one, a thousand writes
-could each do a little harm; so what counts is how many of all old pairs are still known.
+A pair is known if what a query for its key gives back points to its value. Judged one by one, a
+thousand writes could each do a little harm; so what counts is how many of all old pairs are still
+known.
 
 Shapes: B lanes, H heads, n pairs of a unit, P probes, N cues of noise, A steps, K head width.
 """
@@ -18,7 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wakesleep.consolidation.replay import SAME_KEY, Pairs, Sample, only, readable, take
+from wakesleep.consolidation.replay import (
+    SAME_KEY,
+    Pairs,
+    Sample,
+    Standard,
+    likeness,
+    only,
+    readable,
+    take,
+)
 from wakesleep.ttl.fast import PROBES, answer, is_linear
 from wakesleep.ttl.state import FastState, ProbeState, StoreState
 from wakesleep.ttl.store import hash_uniform
@@ -50,7 +60,7 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    fast: FastState, full: FastState, pairs: Pairs, cues: Tensor, tolerance: float
+    fast: FastState, full: FastState, pairs: Pairs, cues: Tensor, standard: Standard
 ) -> Verdict:
     """How much of the way from `fast` to `full` may be gone; what is told of step 0 is of step 1.
 
@@ -58,18 +68,17 @@ def judge(
         full: the same fast weights after the write, at full step.
         cues: [N, K] keys of length 1 that mean nothing; a matrix, which any query asks, may not
             answer them much more loudly than written keys, nor more loudly than before.
-        tolerance: cosine of an answer with the value, from which on a pair is known.
     """
+    tolerance, noise = standard
     k, v, position = (t[:, :, : PROBES // 2] for t in fast.probes)
     old = position >= 0
-    before, after = _cosines(fast, full, k.float(), v.float())
+    before, after = _likeness(fast, full, k.float(), v.float(), noise)
     lost = (before[..., None] >= tolerance) & (after < tolerance)
     fall, error = _mean(before[..., None] - after, old)
     kept, _ = _mean((after >= tolerance).float(), old, empty=1.0)
     no_loss = ~(lost & old[..., None]).any(2)
-    learned, _ = _mean(
-        (_cosines(fast, full, pairs.k, pairs.v)[1] >= tolerance).float(), pairs.chosen
-    )
+    _, new = _likeness(fast, full, pairs.k, pairs.v, noise)
+    learned, _ = _mean((new >= tolerance).float(), pairs.chosen)
     rules = [
         full.s.isfinite().flatten(2).all(-1)[..., None].expand_as(learned),
         learned >= NEW_KNOWN,
@@ -96,10 +105,10 @@ def _calm(fast: FastState, full: FastState, pairs: Pairs, cues: Tensor) -> Tenso
     return loud <= torch.maximum(quiet, LOUDEST * value)[..., None]
 
 
-def known_after(fast: FastState, pairs: Pairs, tolerance: float) -> Tensor:
+def known_after(fast: FastState, pairs: Pairs, standard: Standard) -> Tensor:
     """Which of the written pairs [B, H, n] `fast` knows."""
-    told = torch.cosine_similarity(answer(fast.s, pairs.k), pairs.v, dim=-1)
-    return pairs.chosen & (told >= tolerance)
+    told = likeness(fast.s, pairs.k, pairs.v, standard.noise)
+    return pairs.chosen & (told >= standard.tolerance)
 
 
 def keeps(
@@ -127,11 +136,11 @@ def keeps(
     return (mean + CONFIDENCE * error <= OLD_LOSS * (1 - tolerance)) & calm
 
 
-def audit(fast: FastState, tolerance: float) -> tuple[Tensor, Tensor]:
+def audit(fast: FastState, standard: Standard) -> tuple[Tensor, Tensor]:
     """How many of the sealed pairs each head [B, H] knows, and how many it has."""
     k, v, position = (t[:, :, PROBES // 2 :] for t in fast.probes)
-    told = torch.cosine_similarity(answer(fast.s, k.float()), v.float(), dim=-1)
-    known = (told >= tolerance) & (position >= 0)
+    told = likeness(fast.s, k.float(), v.float(), standard.noise)
+    known = (told >= standard.tolerance) & (position >= 0)
     return known.sum(-1), (position >= 0).sum(-1)
 
 
@@ -198,10 +207,19 @@ def _answers(fast: FastState, full: FastState, k: Tensor) -> Tensor:
     return before[..., None, :] + steps * (after - before)[..., None, :]
 
 
-def _cosines(fast: FastState, full: FastState, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine of what is given back with v: now [B, H, n], and after each step [B, H, n, A]."""
-    now = torch.cosine_similarity(answer(fast.s, k), v, dim=-1)
-    return now, torch.cosine_similarity(_answers(fast, full, k), v[..., None, :], dim=-1)
+def _likeness(
+    fast: FastState, full: FastState, k: Tensor, v: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of what is given back with v: now [B, H, n], and after each step [B, H, n, A]."""
+    now = likeness(fast.s, k, v, noise)
+    told = _answers(fast, full, k)
+    if not is_linear(fast.s):
+        return now, torch.cosine_similarity(told, v[..., None, :], dim=-1)
+    steps = torch.tensor(STEPS, dtype=fast.s.dtype, device=fast.s.device)
+    on_the_way = torch.lerp(fast.s[:, :, None], full.s[:, :, None], steps[:, None, None])
+    beside = noise.square()[..., None] * on_the_way.square().mean(-2).sum(-1)  # [B, H, A]
+    length = (told.square().sum(-1) + beside[:, :, None]).sqrt() * v.norm(dim=-1)[..., None]
+    return now, (told * v[..., None, :]).sum(-1) / length.clamp(min=1e-8)
 
 
 def _mean(x: Tensor, of: Tensor, empty: float = 0.0) -> tuple[Tensor, Tensor]:

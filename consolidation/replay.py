@@ -34,7 +34,13 @@ Sample = TypeVar("Sample", ProbeState, KeyState)
 SAME_KEY = 0.98  # cosine of two keys from which on they are one
 INSTEAD = 20.0  # weight of a pair against another value of its key that is there
 NO_LIMIT = 1 << 40  # pairs
-CUE_NOISE = 0.2  # length of what disturbs a cue of length 1 that a matrix is asked with
+
+
+class Standard(NamedTuple):
+    """From when on a pair counts as known."""
+
+    tolerance: float  # cosine of its value with what a query for its key gives back
+    noise: Tensor  # [H] what a query has beside the key, see `KeySpace.noise`; an MLP is asked keys
 
 
 class Pairs(NamedTuple):
@@ -114,6 +120,20 @@ def only(sample: Sample, rows: Tensor) -> Sample:
     return type(sample)(**fields)
 
 
+def likeness(s: Tensor, k: Tensor, v: Tensor, noise: Tensor) -> Tensor:
+    """Cosine [B, H, n] of values v with what fast weights give back to queries for k [B, H, n, K].
+
+    A matrix answers all that is in a query, what it has beside the key as well: as loudly, in no
+    direction, as the mean over all directions. The more is written, the louder that is.
+    """
+    told = answer(s, k)
+    if not is_linear(s):
+        return torch.cosine_similarity(told, v, dim=-1)
+    beside = noise.square() * s.square().mean(-2).sum(-1)  # [B, H]
+    length = (told.square().sum(-1) + beside[..., None]).sqrt() * v.norm(dim=-1)
+    return (told * v).sum(-1) / length.clamp(min=1e-8)
+
+
 def choose(store: StoreState, fast: FastState, num_pairs: int, worth: float) -> Pairs:
     """The pairs that a unit should write, by need times gain; num_pairs per head at most.
 
@@ -186,27 +206,23 @@ def change(fast: FastState, pairs: Pairs, lam: float, steps: int = STEPS) -> Fas
     return fast._replace(s=s, covariance=covariance)
 
 
-def mark(store: StoreState, fast: FastState, pairs: Pairs, tolerance: float) -> FastState:
-    """Mark the pairs just written, and keep the marks of others, where they are given back.
-
-    Args:
-        tolerance: cosine of an answer with the value, from which on a pair is given back.
-    """
+def mark(store: StoreState, fast: FastState, pairs: Pairs, standard: Standard) -> FastState:
+    """Mark the pairs just written, and keep the marks of others, where they are known."""
     k, v, usable = readable(store)
     wrote = torch.zeros_like(usable).scatter(-1, pairs.place, pairs.chosen)
     usable &= wrote | (fast.asleep == store.position)
-    known = usable & (torch.cosine_similarity(answer(fast.s, k), v, dim=-1) >= tolerance)
+    known = usable & (likeness(fast.s, k, v, standard.noise) >= standard.tolerance)
     return fast._replace(asleep=torch.where(known, store.position, -1))
 
 
 def release(
-    store: StoreState, fast: FastState, tolerance: float, generator: torch.Generator
+    store: StoreState, fast: FastState, standard: Standard, generator: torch.Generator
 ) -> tuple[StoreState, FastState]:
     """Free the places of marked pairs that are still found; the others lose their mark.
 
-    A matrix, which queries ask, is asked with a disturbed key, an MLP with the key that it holds. A
-    value is found if what comes back points to it, and to no other stored value more. The pairs
-    that a released one supersedes are released with it.
+    A matrix, which queries ask, is asked with a key that is disturbed as they are, an MLP with the
+    key that it holds. A value is found if what comes back points to it, and to no other stored
+    value more. The pairs that a released one supersedes are released with it.
 
     Args:
         generator: of the disturbances; on the CPU.
@@ -218,14 +234,16 @@ def release(
     keys, values, position = take(k, place), take(v, place), store.position.gather(-1, place)
     cues = keys
     if is_linear(fast.s):
-        noise = torch.randn(k.shape[-2:], generator=generator).to(k.device)  # lanes get the same
-        cues = unit_key(keys + CUE_NOISE * unit_key(noise)[place])
+        drawn = torch.randn(k.shape[-2:], generator=generator).to(k.device)  # lanes get the same
+        cues = unit_key(keys + standard.noise[..., None, None] * unit_key(drawn)[place])
     told = answer(fast.s, cues)
     near = F.normalize(told, dim=-1) @ F.normalize(v, dim=-1).mT  # [B, H, M, S]
     best = torch.where(usable[..., None, :], near, -torch.inf).amax(-1)
     own = torch.cosine_similarity(told, values, dim=-1)
-    found = marked.gather(-1, place) & (own >= tolerance) & (own >= best - 1e-6)
+    found = marked.gather(-1, place) & (own >= standard.tolerance) & (own >= best - 1e-6)
     found &= can_be_asked(fast, position)
+    if is_linear(fast.s):  # one disturbance may be a lucky one
+        found &= likeness(fast.s, keys, values, standard.noise) >= standard.tolerance
     free = torch.zeros_like(marked).scatter(-1, place, found)
     later = torch.where(found, position, -1)
     free |= (store.position >= 0) & _superseded(k, store.position, keys, later)

@@ -39,6 +39,7 @@ from wakesleep.consolidation.gate import (
 )
 from wakesleep.consolidation.night import INTERRUPTED, Night, share, total
 from wakesleep.consolidation.replay import (
+    Standard,
     can_be_asked,
     change,
     choose,
@@ -124,7 +125,7 @@ class ReplayNight(Night):
     def unharmed(self) -> tuple[Tensor, float | None, str]:
         """All lanes: every unit was judged by itself. Then what the sealed pairs say."""
         counts = [
-            audit(self.state.blocks[layer].fast, self.config.tolerance) for layer in self.layers
+            audit(self.state.blocks[layer].fast, self._standard(layer)) for layer in self.layers
         ]
         known, num_pairs = (
             sum(int(count.sum()) for count in part) for part in zip(*counts, strict=True)
@@ -140,7 +141,7 @@ class ReplayNight(Night):
     def _unit(self, layer: int, unit: Unit) -> bool:
         """Write one unit in one layer; False if there was nothing to write, or nothing passed."""
         block, sizes = self.state.blocks[layer], self._sizes(layer)
-        tolerance = self.config.tolerance
+        standard = self._standard(layer)
         self.spend("sleep", total(keys_cost(sizes), choose_cost(sizes, unit.pairs)))
         seen, fast = seen_by(self._space(layer), block.store, block.fast)
         pairs = choose(seen, fast, unit.pairs, self.config.worth)
@@ -158,16 +159,16 @@ class ReplayNight(Night):
         noise = torch.randn(NOISE_CUES, sizes.head_dim, generator=self.generator)
         cues = unit_key(noise.to(fast.s.device))
         with self.judging():
-            verdict = judge(fast, full, pairs, cues, tolerance)
+            verdict = judge(fast, full, pairs, cues, standard)
         passed = verdict.step > 0
         new = advance(fast, full, verdict.step)
-        known = known_after(new, pairs, tolerance) & passed[..., None]
+        known = known_after(new, pairs, standard) & passed[..., None]
         position = take(block.store.position, pairs.place)
         new = keep_keys(unseen(new, block.fast), block.store, pairs, known)
         known &= can_be_asked(new, position)
         new = set_aside(new, pairs, position, known, self.state.lane)
         # heads that did not pass keep their probes and old keys as well, superseded or not
-        new = _by_head(passed, mark(seen, new, pairs, tolerance), block.fast)
+        new = _by_head(passed, mark(seen, new, pairs, standard), block.fast)
         self._put(layer, block._replace(fast=new))
         tried = pairs.chosen.any(-1)
         refused = int((tried & ~passed).sum())
@@ -190,7 +191,7 @@ class ReplayNight(Night):
             return
         self.spend("sleep", cost)
         seen, _ = seen_by(self._space(layer), block.store, block.fast)
-        left, fast = release(seen, block.fast, self.config.tolerance, self.generator)
+        left, fast = release(seen, block.fast, self._standard(layer), self.generator)
         free = (seen.position >= 0) & (left.position < 0)
         self.released += int(free.sum())
         store = emptied(block.store, free)
@@ -198,6 +199,9 @@ class ReplayNight(Night):
 
     def _space(self, layer: int) -> KeySpace:
         return self.model.blocks[layer].attention.fast.space
+
+    def _standard(self, layer: int) -> Standard:
+        return Standard(self.config.tolerance, self._space(layer).noise)
 
     def _put(self, layer: int, block: BlockState) -> None:
         blocks = list(self.state.blocks)

@@ -23,7 +23,7 @@ class SleepConfig:
     low: float = 0.1  # pressure from which on it is not any more
     surprise: float = 4096.0  # sum of surprise above its mean that asks, in means
     worth: float = 0.0  # score from which on a pair is worth it; learned: as likely asked as not
-    tolerance: float = 0.6  # cosine of an answer with the value, from which on a pair is known
+    tolerance: float = 0.6  # cosine of an answer to a query with the value: a pair is known
     tail_loss: float = 0.01  # nats per token that the prediction of the window may lose
     evict: Literal["keep", "hard"] = "keep"  # hard: passes leave the window empty
     span_tokens: int | None = None  # text of the store that `cross` passes over; as the window

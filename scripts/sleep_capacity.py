@@ -21,6 +21,7 @@ from torch import Tensor
 
 from wakesleep.consolidation.gate import NOISE_CUES, advance, judge, known_after, set_aside
 from wakesleep.consolidation.replay import (
+    Standard,
     can_be_asked,
     change,
     choose,
@@ -56,19 +57,20 @@ def replayed(
     width, lane = store.k.shape[-1], torch.arange(LANES)
     sizes = (LANES, HEADS, width, store.k.shape[2])
     fast = no_fast_weights(store.k, *sizes, hidden=expansion * width)
+    standard = Standard(tolerance, torch.zeros(HEADS))  # queries are keys
     for _ in range(MOST_UNITS):
         pairs = choose(store, fast, 2 * width if expansion else width // 2, -math.inf)
         full = change(fast, pairs, LAM)
         cues = unit_key(torch.randn(NOISE_CUES, width, generator=generator))
-        step = judge(fast, full, pairs, cues, tolerance).step
+        step = judge(fast, full, pairs, cues, standard).step
         if not bool((step > 0).any()):
             break
         new = advance(fast, full, step)
-        known = known_after(new, pairs, tolerance) & (step > 0)[..., None]
+        known = known_after(new, pairs, standard) & (step > 0)[..., None]
         position = take(store.position, pairs.place)
         new = keep_keys(new, store, pairs, known)
         new = set_aside(new, pairs, position, known & can_be_asked(new, position), lane)
-        fast = mark(store, new, pairs, tolerance)
+        fast = mark(store, new, pairs, standard)
     return fast.s
 
 

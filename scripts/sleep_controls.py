@@ -78,13 +78,13 @@ def spoilt(name: str, change: Callable) -> Callable:
     return write
 
 
-def taken(fast, full, pairs, cues, tolerance: float) -> Verdict:
+def taken(fast, full, pairs, cues, standard) -> Verdict:
     """The verdict of a gate that refuses nothing."""
     some = pairs.chosen.any(-1)
     return Verdict(some.float(), some, some, some, torch.zeros_like(some, dtype=torch.int64))
 
 
-def believed(fast, pairs, tolerance: float) -> torch.Tensor:
+def believed(fast, pairs, standard) -> torch.Tensor:
     """All that was written counts as known, whatever comes back."""
     return pairs.chosen
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 LEAST = 0.01  # of the mean variance is added to all: directions with less are noise
 ANSWERS = 0.4  # of the keys' variance that queries must tell of what they find
+NOISE = 0.2  # at least, of a query against the key that it looks for, in lengths of the key
 MEMORY = 200  # steps of training that the moments look back
 
 
@@ -59,6 +60,15 @@ class KeySpace(nn.Module):
     def answers(self) -> Tensor:
         """Heads [H] bool whose queries can find what is written."""
         return self.explained >= ANSWERS
+
+    @property
+    def noise(self) -> Tensor:
+        """Length [H] of what a query has beside the key it looks for, in lengths of that key.
+
+        A share e of the key's variance is told by it, so the cosine of both is the root of e.
+        """
+        told = self.explained.clamp(min=ANSWERS)  # heads with less are not written
+        return (1 / told - 1).clamp(min=0).sqrt().clamp(min=NOISE)
 
     @torch.no_grad()
     def follow(self, keys: Tensor, asked: Tensor) -> None:

@@ -15,7 +15,7 @@ from wakesleep.consolidation.costs import (
     write_cost,
 )
 from wakesleep.consolidation.gate import NOISE_CUES, audit, judge, known_after, without_superseded
-from wakesleep.consolidation.replay import change, choose, mark, release, seen_by
+from wakesleep.consolidation.replay import Standard, change, choose, mark, release, seen_by
 from wakesleep.ttl.fast import no_fast_weights
 from wakesleep.ttl.key_space import KeySpace, unit_key
 from wakesleep.ttl.state import SPAN, StoreState
@@ -27,6 +27,9 @@ def count(call, *inputs):
     with FlopCounterMode(display=False) as counter:
         result = call(*inputs)
     return counter.get_total_flops(), result
+
+
+STANDARD = Standard(0.9, torch.full((), 0.3))
 
 
 @pytest.mark.parametrize("hidden", [0, 24])
@@ -52,15 +55,15 @@ def test_formulas_equal_what_torch_counts(places, head_dim, num_pairs, hidden):
     assert flops + linalg == write_cost(sizes, num_pairs, 7).flops
     cues = unit_key(torch.randn(NOISE_CUES, head_dim))
     flops = count(without_superseded, fast, pairs)[0]
-    flops += count(judge, fast, full, pairs, cues, 0.9)[0]
-    flops += count(known_after, full, pairs, 0.9)[0]
+    flops += count(judge, fast, full, pairs, cues, STANDARD)[0]
+    flops += count(known_after, full, pairs, STANDARD)[0]
     assert flops == gate_cost(sizes, num_pairs).flops
-    assert count(audit, fast, 0.9)[0] == audit_cost(sizes).flops
-    flops, full = count(mark, store, full, pairs, 0.9)
+    assert count(audit, fast, STANDARD)[0] == audit_cost(sizes).flops
+    flops, full = count(mark, store, full, pairs, STANDARD)
     assert flops == mark_cost(sizes).flops
     most = int((full.asleep >= 0).sum(-1).max())
     assert most > 0
-    flops, _ = count(release, store, full, 0.9, torch.Generator().manual_seed(0))
+    flops, _ = count(release, store, full, STANDARD, torch.Generator().manual_seed(0))
     assert flops == release_cost(sizes, most).flops
     for cost in (choose_cost(sizes, num_pairs), release_cost(sizes, most), mark_cost(sizes)):
         assert cost.nbytes >= pair.numel() * 4 and cost.seconds == 0.0

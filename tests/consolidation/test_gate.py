@@ -15,13 +15,14 @@ from wakesleep.consolidation.gate import (
     set_aside,
     without_superseded,
 )
-from wakesleep.consolidation.replay import Pairs, change, take
+from wakesleep.consolidation.replay import Pairs, Standard, change, take
 from wakesleep.ttl.fast import PROBES, no_fast_weights
 from wakesleep.ttl.key_space import unit_key
 from wakesleep.ttl.state import FastState, KeyState, select
 
 B, H, K, OLD, NEW = 25, 4, 128, 80, 16
 LAM, TOLERANCE = 0.05, 0.9
+EXACT = Standard(TOLERANCE, torch.zeros(()))  # queries are keys
 
 
 def draw_pairs(num_pairs: int, generator: torch.Generator) -> Pairs:
@@ -44,7 +45,7 @@ def begin(seed: int = 0) -> tuple[FastState, Pairs, Pairs, torch.Tensor, torch.G
 
 def test_good_writes_pass_at_full_step():
     fast, _, new, cues, _ = begin()
-    verdict = judge(fast, change(fast, new, LAM), new, cues, TOLERANCE)
+    verdict = judge(fast, change(fast, new, LAM), new, cues, EXACT)
     assert (verdict.step == 1).double().mean() == 1.0  # false rejections: none of 100
     assert verdict.new_known.min() > 0.99 and verdict.old_known.min() > 0.99
 
@@ -94,7 +95,7 @@ def test_forced_bad_updates_are_rejected(spoil):
         fast, old, new, cues, generator = begin(seed)
         full = change(fast, new, LAM)
         bad = full._replace(s=spoil(fast, full, old, new, generator))
-        verdict = judge(fast, bad, new, cues, TOLERANCE)
+        verdict = judge(fast, bad, new, cues, EXACT)
         after = advance(fast, bad, verdict.step)
         same = (after.s == fast.s).all(-1).all(-1) & (after.covariance == fast.covariance).all(
             -1
@@ -113,7 +114,7 @@ def test_old_answers_that_all_move_a_little_are_kept_from_moving_on():
     aside -= (aside * old.v).sum(-1, keepdim=True) / old.v.square().sum(-1, keepdim=True) * old.v
     aside *= 0.672 * old.v.norm(dim=-1, keepdim=True) / aside.norm(dim=-1, keepdim=True)
     s = torch.linalg.pinv(k) @ torch.cat([old.v + aside, new.v], 2)
-    verdict = judge(fast, full._replace(s=s), new, cues, 0.8)
+    verdict = judge(fast, full._replace(s=s), new, cues, EXACT._replace(tolerance=0.8))
     assert (verdict.rule == RULES.index("old answers moved too far")).double().mean() > 0.9
     assert verdict.old_known.min() == 1 and (verdict.step < 1).all()
 
@@ -128,20 +129,20 @@ def test_the_gate_never_sees_the_sealed_half_of_the_probes_and_the_audit_no_othe
     seen, sealed = halves
 
     def verdict(fast):
-        return judge(fast, full._replace(probes=fast.probes), new, cues, TOLERANCE)
+        return judge(fast, full._replace(probes=fast.probes), new, cues, EXACT)
 
     assert all(map(torch.equal, verdict(sealed), verdict(fast)))
     assert not torch.equal(verdict(seen).old_known, verdict(fast).old_known)
-    assert all(map(torch.equal, audit(seen, TOLERANCE), audit(fast, TOLERANCE)))
-    known, count = audit(sealed, TOLERANCE)
-    assert known.sum() == 0 < count.min() and torch.equal(audit(fast, TOLERANCE)[0], count)
+    assert all(map(torch.equal, audit(seen, EXACT), audit(fast, EXACT)))
+    known, count = audit(sealed, EXACT)
+    assert known.sum() == 0 < count.min() and torch.equal(audit(fast, EXACT)[0], count)
 
 
 def test_an_update_that_is_not_finite_is_rejected():
     fast, _, new, cues, _ = begin()
     full = change(fast, new, LAM)
     full.s[0, 0, 0, 0], full.s[1, 1] = torch.nan, torch.inf
-    verdict = judge(fast, full, new, cues, TOLERANCE)
+    verdict = judge(fast, full, new, cues, EXACT)
     assert verdict.step[0, 0] == verdict.step[1, 1] == 0
     assert (verdict.step == 1).sum() == B * H - 2
     assert advance(fast, full, verdict.step).s.isfinite().all()
@@ -150,14 +151,14 @@ def test_an_update_that_is_not_finite_is_rejected():
 def test_without_pairs_nothing_passes():
     fast, _, new, cues, _ = begin()
     empty = new._replace(chosen=torch.zeros_like(new.chosen), k=0 * new.k, v=0 * new.v)
-    assert (judge(fast, change(fast, empty, LAM), empty, cues, TOLERANCE).step == 0).all()
+    assert (judge(fast, change(fast, empty, LAM), empty, cues, EXACT).step == 0).all()
 
 
 def test_a_step_too_far_is_shortened():
     fast, _, new, cues, _ = begin()
     full = change(fast, new, LAM)
     far = full._replace(s=fast.s + 8 * (full.s - fast.s))
-    verdict = judge(fast, far, new, cues, TOLERANCE)
+    verdict = judge(fast, far, new, cues, EXACT)
     assert set(verdict.step.unique().tolist()) <= set(STEPS[1:])
     between = advance(fast, far, verdict.step)
     share = verdict.step[..., None, None]
@@ -172,7 +173,7 @@ def test_many_small_harms_are_not_more_than_one_large_one():
     for _ in range(100):
         new = select(draw_pairs(2, generator), few)
         full = change(fast, new, LAM)
-        verdict = judge(fast, full, new, cues, TOLERANCE)
+        verdict = judge(fast, full, new, cues, EXACT)
         fast = advance(fast, full, verdict.step)
     known = torch.cosine_similarity(old.k @ fast.s, old.v, dim=-1) >= TOLERANCE
     assert known.double().mean() > 0.93

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wakesleep.consolidation.budget import Cost, Ledger
 from wakesleep.consolidation.gate import NOISE_CUES, judge, set_aside
-from wakesleep.consolidation.replay import Pairs, change, choose, keep_keys, seen_by
+from wakesleep.consolidation.replay import Pairs, Standard, change, choose, keep_keys, seen_by
 from wakesleep.consolidation.sleep import least_cost, pressure, sleep
 from wakesleep.consolidation.sleep_config import SleepConfig
 from wakesleep.ttl.fast import FastConfig, answer, no_fast_weights, open_keys
@@ -21,6 +21,7 @@ from wakesleep.ttl.store import StoreConfig
 
 B, H, K, OLD, NEW = 4, 5, 32, 80, 16
 LAM, TOLERANCE = 0.05, 0.6
+EXACT = Standard(TOLERANCE, torch.zeros(()))  # queries are keys
 PLENTY = Ledger(wake=Cost(10**13))
 
 
@@ -74,12 +75,12 @@ def test_good_writes_pass_and_forced_bad_ones_are_rejected():
     for seed in range(2):
         fast, old, new, cues, generator = begin(seed)
         full = change(fast, new, LAM)
-        passed.append(judge(fast, full, new, cues, TOLERANCE).step > 0)
+        passed.append(judge(fast, full, new, cues, EXACT).step > 0)
         told = answer(full.s, old.k)
         known.append(torch.cosine_similarity(told, old.v, dim=-1) >= TOLERANCE)
         for spoil in (random_direction, flipped_sign, shuffled_values, other_values_for_a_tenth):
             spoiled = full._replace(s=spoil(fast, full, old, new, generator))
-            verdict = judge(fast, spoiled, new, cues, TOLERANCE)
+            verdict = judge(fast, spoiled, new, cues, EXACT)
             rejected.setdefault(spoil.__name__, []).append(verdict.step == 0)
     assert torch.stack(passed).double().mean() >= 0.97
     assert torch.stack(known).double().mean() > 0.97

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from wakesleep.consolidation.replay import change, choose, keep_keys, mark, opened, release, take
+from wakesleep.consolidation.replay import (
+    Standard,
+    change,
+    choose,
+    keep_keys,
+    likeness,
+    mark,
+    opened,
+    release,
+    take,
+)
 from wakesleep.kernels.protected_write import joint_ridge
 from wakesleep.ttl.fast import held_keys, no_fast_weights
 from wakesleep.ttl.key_space import unit_key
@@ -17,6 +27,8 @@ from wakesleep.ttl.store import StoreConfig
 
 B, H, S, K = 2, 3, 40, 16
 LAM, TOLERANCE = 0.05, 0.9
+EXACT = Standard(TOLERANCE, torch.zeros(H))  # queries are keys
+STANDARD = Standard(TOLERANCE, torch.full((H,), 0.2))
 
 
 def make_store(num_pairs: int = S, seed: int = 0) -> StoreState:
@@ -47,7 +59,7 @@ def awake(store: StoreState):
 def sleep(store, fast, num_pairs=8):
     """Choose, write at full step and mark."""
     pairs = choose(store, fast, num_pairs, -math.inf)
-    return pairs, mark(store, change(fast, pairs, LAM), pairs, TOLERANCE)
+    return pairs, mark(store, change(fast, pairs, LAM), pairs, EXACT)
 
 
 def test_what_is_written_is_the_ridge_fit_to_the_chosen_pairs_unit_after_unit():
@@ -113,7 +125,7 @@ def test_an_empty_store_has_nothing_to_write():
     pairs, fast = sleep(store, before)
     assert not pairs.chosen.any()
     assert all(torch.equal(a, b) for a, b in zip(fast[:3], before[:3], strict=True))
-    kept, fast = release(store, fast, TOLERANCE, torch.Generator().manual_seed(0))
+    kept, fast = release(store, fast, STANDARD, torch.Generator().manual_seed(0))
     assert torch.equal(kept.position, store.position)
 
 
@@ -126,7 +138,7 @@ def test_of_two_equal_pairs_one_is_written_and_both_leave():
     twice = pairs.chosen & (pairs.place < 2)
     assert (twice.sum(-1) == 1).all()
     assert ((fast.asleep[..., :2] == store.position[..., :2]).sum(-1) == 1).all()
-    left, _ = release(store, fast, TOLERANCE, torch.Generator().manual_seed(0))
+    left, _ = release(store, fast, STANDARD, torch.Generator().manual_seed(0))
     assert (left.position[..., :2] == -1).all()
 
 
@@ -229,12 +241,12 @@ def test_what_an_mlp_cannot_be_asked_for_stays_in_the_store():
     fast = no_fast_weights(store.k, B, H, K, S, hidden=8 * K)
     pairs = choose(store, fast, 8, -math.inf)
     written = change(fast, pairs, LAM)
-    marked = mark(store, written, pairs, TOLERANCE)
+    marked = mark(store, written, pairs, EXACT)
     assert (marked.asleep >= 0).sum() > 0.9 * pairs.chosen.sum()
     some = pairs.chosen & (torch.arange(8) < 5)
     for known, most in ((pairs.chosen, 8), (some, 5), (some & False, 0)):
         asked = keep_keys(marked, store, pairs, known)
-        left, _ = release(store, asked, TOLERANCE, torch.Generator().manual_seed(0))
+        left, _ = release(store, asked, STANDARD, torch.Generator().manual_seed(0))
         assert not opened(asked, store).old.open.any()
         gone = ((store.position >= 0) & (left.position < 0)).sum(-1)
         assert torch.equal(opened(asked, left).old.open.sum(-1), gone)
@@ -245,7 +257,7 @@ def test_a_place_is_free_once_a_disturbed_cue_has_found_its_value_and_not_before
     store = make_store()
     _, fast = sleep(store, awake(store))
     generator = torch.Generator().manual_seed(0)
-    left, after = release(store, fast, TOLERANCE, generator)
+    left, after = release(store, fast, STANDARD, generator)
     free = left.position != store.position
     assert torch.equal(free, fast.asleep >= 0) and (free.sum(-1) == 8).all()
     assert (after.asleep == -1).all() and torch.equal(after.s, fast.s)
@@ -260,8 +272,32 @@ def test_a_place_is_free_once_a_disturbed_cue_has_found_its_value_and_not_before
         assert (getattr(left, name)[free] == empty).all(), name
         assert torch.equal(getattr(left, name)[~free], getattr(store, name)[~free]), name
     weak = fast._replace(s=torch.randn(fast.s.shape, generator=generator))
-    kept, after = release(store, weak, TOLERANCE, generator)
+    kept, after = release(store, weak, STANDARD, generator)
     assert torch.equal(kept.position, store.position) and (after.asleep == -1).all()
+
+
+def test_heads_whose_queries_are_noisier_release_less():
+    store = make_store()
+    _, fast = sleep(store, awake(store))
+    noise = torch.tensor([0.0, 0.5, 2.0])
+    left, _ = release(store, fast, Standard(TOLERANCE, noise), torch.Generator().manual_seed(0))
+    free = (left.position != store.position).sum((0, 2)).tolist()
+    assert free[0] == 8 * B and free[2] == 0
+
+
+@pytest.mark.parametrize("pairs", [4, 16])
+def test_likeness_is_the_cosine_with_what_noisy_queries_get(pairs):
+    generator = torch.Generator().manual_seed(2)
+    store, noise = make_store(pairs), torch.tensor([0.0, 0.5, 1.5])
+    _, fast = sleep(store, awake(store), num_pairs=pairs)
+    k, v = unit_key(store.k[:, :, :pairs]), store.v[:, :, :pairs]
+    beside = unit_key(torch.randn(4000, *k.shape, generator=generator))
+    told = (k + noise[:, None, None] * beside) @ fast.s
+    length = told.square().sum(-1).mean(0).sqrt() * v.norm(dim=-1)
+    slow = ((told * v).sum(-1)).mean(0) / length
+    found = likeness(fast.s, k, v, noise)
+    torch.testing.assert_close(found, slow, atol=0.02, rtol=0)
+    assert (found[:, 1:] < found[:, :1].mean()).all()  # what is beside the key costs
 
 
 def test_a_released_pair_takes_the_older_ones_of_its_key_along():
@@ -274,7 +310,7 @@ def test_a_released_pair_takes_the_older_ones_of_its_key_along():
     k.scatter_(2, oldest[..., None].expand(-1, -1, -1, K), take(k, newest))
     store = store._replace(k=k, score=store.score.scatter(-1, newest, 9.0))
     _, fast = sleep(store, awake(store))
-    left, _ = release(store, fast, TOLERANCE, torch.Generator().manual_seed(0))
+    left, _ = release(store, fast, STANDARD, torch.Generator().manual_seed(0))
     assert (take(left.position, newest) == -1).all() and (take(left.position, oldest) == -1).all()
     assert ((left.position == -1).sum(-1) == 9).all()
 
@@ -289,7 +325,7 @@ def test_a_value_that_another_one_is_nearer_to_is_not_found():
     index = place[..., None].expand(-1, -1, -1, K)
     v = store.v.scatter(2, index, blurred)  # near enough to what is given back,
     v = v.scatter(2, other[..., None].expand(-1, -1, -1, K), told)  # but this one is it
-    left, _ = release(store._replace(v=v), fast, TOLERANCE, torch.Generator().manual_seed(0))
+    left, _ = release(store._replace(v=v), fast, STANDARD, torch.Generator().manual_seed(0))
     assert torch.equal(left.position, store.position)
 
 

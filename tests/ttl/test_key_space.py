@@ -136,3 +136,16 @@ def test_maps_of_a_model_in_another_dtype(dtype, error):
     told = space.to(dtype)(x.to(dtype))
     assert told.dtype == torch.promote_types(dtype, torch.float32)
     assert (told - exact).norm() <= error * exact.norm()
+
+
+def test_noise_is_what_a_query_has_beside_the_key_that_it_looks_for():
+    assert (KeySpace(H, K).noise - 0.2).abs().max() < 1e-6  # nothing followed yet: the least
+    keys = torch.randn(H, MANY, K, generator=torch.Generator().manual_seed(1))
+    space = followed(keys, askers(keys, noise=0.7))
+    asked = unit_key(
+        askers(keys, noise=0.7).double() @ space.query_map[:, :K].double()
+        + space.query_map[:, K:].double()
+    )
+    cosine = (asked * space.keys(keys[None])[0]).sum(-1)
+    along = (1 + space.noise.double() ** 2).rsqrt()
+    torch.testing.assert_close(cosine.mean(1), along, atol=0.05, rtol=0)
