@@ -47,37 +47,82 @@ def test_right_answers_are_counted_by_hops_and_passes(script, monkeypatch, passe
         return state[0], num_passes
 
     monkeypatch.setattr(module, "sleep_through", sleep_through)
-    found = module.ask(Oracle(), Depo(DEPO, 24, 0, longest=True), 40, passes, "hard")
+    found = module.ask(Oracle(), Depo(DEPO, 24, 0, longest=True), 40, passes, "hard", "refreshed")
     assert sum(asked for _, asked in found.values()) == 120 and set(found) == {1, 2, 4}
     assert {hop for hop, (told, asked) in found.items() if told == asked} == right
     assert slept == [(passes, "hard")] * 8  # two windows of four batches
 
 
+CONFIG = ModelConfig(
+    vocab_size=72,
+    dim=16,
+    num_layers=2,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    window=6,
+    chunk=6,
+    memory_layers=(),
+    store_layers=(),
+    fast_layers=(0, 1),
+    fast=FastConfig(write="always", passes=2),
+    recent=6,
+)
+
+
+def fast_weights(state):
+    return torch.stack([block.fast.s for block in state.blocks])
+
+
+@torch.inference_mode()
+def test_controls_are_what_they_say(script):
+    """Tokens of one window, float64, gates that keep everything."""
+    module = script("depo_accuracy")
+    torch.manual_seed(0)
+    model, tokens = TTLModel(CONFIG).double().eval(), torch.randint(72, (3, 6))
+    for block in model.blocks:
+        block.attention.fast.gates.bias[2:4] = 40.0
+    once = module._context(model, tokens, 1, "keep", "refreshed")
+    for sleep in module.SLEEPS:
+        assert torch.equal(
+            fast_weights(module._context(model, tokens, 1, "keep", sleep)), fast_weights(once)
+        )
+    found = {name: module._context(model, tokens, 2, "keep", name) for name in module.SLEEPS}
+    all_of_them = [fast_weights(found[name]) for name in module.SLEEPS]
+    assert len({round(float(s.norm()), 9) for s in all_of_them}) == len(module.SLEEPS)
+    _, frozen, reset, cross = all_of_them
+    assert not frozen.allclose(fast_weights(once))
+    with module._arguments(model, wanted=True) as seen:
+        _, read, _ = model(tokens, model.init_state(3), head=False)
+    assert not any(b.attention.fast._forward_pre_hooks for b in model.blocks)
+    empty = module._with_fast(read, model.init_state(3))
+    again = module._written_again(model, empty, seen)
+    torch.testing.assert_close(fast_weights(again), fast_weights(once))
+    twice = module._written_again(model, read, seen)
+    torch.testing.assert_close(fast_weights(twice), frozen)
+    assert torch.equal(found["frozen"].recent.hidden, once.recent.hidden)
+    other = model.sleep_pass(module._with_fast(read, model.init_state(3)))
+    torch.testing.assert_close(fast_weights(other), reset)
+    other = model.sleep_pass(once, over=module._from_the_start(model, read))
+    torch.testing.assert_close(fast_weights(other), cross)
+
+
 def test_a_row_for_every_number_of_passes_is_printed(script, monkeypatch, tmp_path, capsys):
     module = script("depo_accuracy")
-    config = ModelConfig(
-        vocab_size=72,
-        dim=16,
-        num_layers=2,
-        num_heads=2,
-        head_dim=8,
-        mlp_dim=32,
-        window=6,
-        chunk=6,
-        memory_layers=(),
-        store_layers=(),
-        fast_layers=(0, 1),
-        fast=FastConfig(write="always", passes=2),
-        recent=6,
-    )
-    save_model(tmp_path / "m", TTLModel(config), b"{}", "# no text")
+    save_model(tmp_path / "m", TTLModel(CONFIG), b"{}", "# no text")
     words = ["depo_accuracy.py", str(tmp_path / "m"), "--passes", "1,2", "--sequences", "100"]
     monkeypatch.setattr(sys, "argv", words)
     module.main()
     first, head, _, *rows = capsys.readouterr().out.splitlines()
     assert first == "12 nodes, 4 windows of 6, evict=hard"
-    assert head == "| passes | hops 1 | hops 2 | hops 4 |"
-    assert [row[:5] for row in rows] == ["| 1 |", "| 2 |"]
+    assert head == "| sleep | passes | hops 1 | hops 2 | hops 4 |"
+    assert [row[:17] for row in rows] == ["| refreshed | 1 |", "| refreshed | 2 |"]
+    monkeypatch.setattr(sys, "argv", [*words, "--sleep", "frozen,thawed"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert (
+        "--sleep thawed: what there is: refreshed, frozen, reset, cross" in capsys.readouterr().err
+    )
     monkeypatch.setattr(sys, "argv", [*words, "--context", "25"])
     with pytest.raises(SystemExit):
         module.main()
