@@ -13,10 +13,10 @@ Source: Weston et al., "Towards AI-Complete Question Answering", arXiv 1502.0569
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 from wakesleep.streams.sequences import Page
@@ -49,7 +49,8 @@ FEWEST = (2, 2, 1)  # people, places, things
 BLOCK = 2  # events between two moments at which a question may come
 ASKED = {"qa1": 1.0, "qa2": 0.6, "qa3": 0.5, "qa5": 0.75}  # share of these, once there is one
 QUESTIONS = 5  # of a published story; the last one that is asked ends the story
-SPREAD = 0.5  # of a page that the sentences of a story take at most, where text is between them
+SPREAD = 0.5  # of a page that sentences of stories take at most, where text is between them
+TOGETHER = (1, 2, 4, 8)  # stories of different worlds that may be told between one another there
 
 Known = dict[str, tuple[str, int]]  # question: answer, number of the event that tells it
 
@@ -96,7 +97,8 @@ def write_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float
     """
     draw = page.draw
     while True:
-        before, task, events = len(page.pieces), *_draw_story(draw, tasks, words, open_share)
+        before = len(page.pieces)
+        task, _, events = _draw_story(draw, tasks, words, open_share)
         often = ON_THE_WAY if task not in MOST and draw.random() < INTERRUPTED else 0.0
         said = _with_places(events) if draw.random() < SPELT else events
         sources: list[int] = []
@@ -143,23 +145,33 @@ def _with_places(events: list[Event]) -> list[Event]:
 
 
 def spread_babi(page: Page, tasks: Sequence[str], words: Words, open_share: float) -> None:
-    """Spread one story over the early part of a page, with questions between and behind."""
-    limit, used = int(SPREAD * page.length), math.inf
-    while used > limit:
-        task, events = _draw_story(page.draw, tasks, words, open_share)
+    """Spread stories over the early part of a page, with questions between and behind.
+
+    Several of them share no name: one story has few questions for so much text.
+    """
+    draw, wanted = page.draw, page.draw.choice(TOGETHER)
+    left, names = SPREAD * page.length, set[str]()
+    for attempt in itertools.count():
+        if not wanted or (names and attempt >= 2 * max(TOGETHER)):
+            return
+        task, cast, events = _draw_story(draw, tasks, words, 1.0 if names else open_share)
         used = sum(len(page.tokenizer.encode(event.text)) for event in events)
-    events = _with_places(events) if page.draw.random() < SPELT else events
-    spread_story(page, events, task, most=MOST.get(task, math.inf))
+        mine = {name for part in cast for name in part}
+        if used > left or mine & names:
+            continue
+        events = _with_places(events) if draw.random() < SPELT else events
+        spread_story(page, events, task, most=MOST.get(task, math.inf))
+        left, names, wanted = left - used, names | mine, wanted - 1
 
 
 def _draw_story(
     draw: random.Random, tasks: Sequence[str], words: Words, open_share: float
-) -> tuple[str, list[Event]]:
+) -> tuple[str, Cast, list[Event]]:
     task = draw.choice(tasks)
     cast = open_cast(draw, words) if draw.random() < open_share else own_cast(task)
     if task not in MOST and draw.random() < SMALL:
         cast = _some_of(draw, cast)
-    return task, make_babi(draw, task, cast)
+    return task, cast, make_babi(draw, task, cast)
 
 
 def _some_of(draw: random.Random, cast: Cast) -> Cast:
@@ -266,7 +278,7 @@ class _World:
                 return {
                     f"Where was the {thing} before the {place}?": before
                     for thing, path in self.paths.items()
-                    for before, (place, _) in list(pairwise(path))[-2:]
+                    for before, (place, _) in list(itertools.pairwise(path))[-2:]
                 }
             case _:
                 return dict(self.given)

@@ -187,7 +187,8 @@ def test_questions_on_the_way_are_about_what_was_said_by_then_and_never_the_same
     )  # of what was left since, the answer is the same at first
 
 
-def test_in_text_half_of_the_stories_say_where_things_are_taken_and_left():
+def test_in_text_half_of_the_stories_say_where_things_are_taken_and_left(monkeypatch):
+    monkeypatch.setattr(babi, "TOGETHER", (1,))
     tokenizer, spelt, handled = open_tokenizer(TrainConfig()), 0, 0
     for seed in range(30):
         page = Page(tokenizer, random.Random(seed), 1024, RecallConfig())
@@ -252,8 +253,9 @@ def test_as_many_rooms_have_two_neighbours_asked_by_direction_as_published():
     assert shares == pytest.approx([1 / 9, 4 / 9, 4 / 9], abs=0.03)
 
 
-def test_of_three_rooms_one_question_is_asked():
+def test_of_three_rooms_one_question_is_asked(monkeypatch):
     """One answer would rule out the other."""
+    monkeypatch.setattr(babi, "TOGETHER", (1,))
     words, tokenizer = load_words("train"), open_tokenizer(TrainConfig())
     for seed in range(20):
         page = Page(tokenizer, random.Random(seed), 512, RecallConfig())
@@ -265,8 +267,28 @@ def test_of_three_rooms_one_question_is_asked():
         assert [piece.kind is None for piece in page.pieces] == [True, True, False]
 
 
+def test_stories_that_are_told_between_one_another_share_no_name(monkeypatch):
+    """Each by itself is a whole story, with answers of its own."""
+    told = []
+    monkeypatch.setattr(babi, "spread_story", lambda page, events, *_, **__: told.append(events))
+    tokenizer, words, together = open_tokenizer(TrainConfig()), load_words("train"), []
+    known = {*words.first_names, *words.nouns, *words.animals, *PLACES, *babi.PEOPLE, *babi.GIVERS}
+    known |= set(babi.THINGS)
+    for seed in range(40):
+        told.clear()
+        page = Page(tokenizer, random.Random(seed), 2048, RecallConfig())
+        spread_babi(page, BABI, words, 0.3)
+        texts = [" ".join(event.text for event in events) for events in told]
+        names = [known & set(re.findall(r"\w+", text)) for text in texts]
+        assert all(names) and sum(map(len, names)) == len(set().union(*names))
+        assert sum(len(tokenizer.encode(text)) for text in texts) < 1.1 * 1024
+        together.append(len(told))
+    assert {1, 2, 4} <= set(together) and max(together) > 4
+
+
 @pytest.mark.parametrize("of", ["stories", "pairs"])
-def test_what_is_said_on_a_page_with_text_is_close_together_on_some(of):
+def test_what_is_said_on_a_page_with_text_is_close_together_on_some(of, monkeypatch):
+    monkeypatch.setattr(babi, "TOGETHER", (1,))
     spans, tokenizer, words = [], open_tokenizer(TrainConfig()), load_words("train")
     for seed in range(60):
         page = Page(tokenizer, random.Random(seed), 2048, RecallConfig())
