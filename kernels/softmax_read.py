@@ -128,10 +128,12 @@ def newer_mass(p: Tensor, newer: Newer) -> Tensor:
     through = window.flip(-1).cumsum(-1).flip(-1)  # of each key and those newer than it
     passed, parts = through[..., :1], [through - window]
     if newer.order is not None:
-        order = newer.order[:, :, None].expand(store.shape)
+        places = torch.arange(stored, device=p.device).expand_as(newer.order)
+        back = torch.empty_like(newer.order).scatter_(-1, newer.order, places)
+        order, back = (x[:, :, None].expand(store.shape) for x in (newer.order, back))
         ordered = store.gather(-1, order)
         through = passed + ordered.cumsum(-1)
-        parts.append((through - ordered).gather(-1, order.argsort(-1)))
+        parts.append((through - ordered).gather(-1, back))
         passed = through[..., -1:]
     front = torch.zeros_like(untimed)
     front[..., newer.oldest] = passed

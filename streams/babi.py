@@ -50,7 +50,7 @@ BLOCK = 2  # events between two moments at which a question may come
 ASKED = {"qa1": 1.0, "qa2": 0.6, "qa3": 0.5, "qa5": 0.75}  # share of these, once there is one
 QUESTIONS = 5  # of a published story; the last one that is asked ends the story
 SPREAD = 0.5  # of a page that sentences of stories take at most, where text is between them
-TOGETHER = (1, 2, 4, 8)  # stories of different worlds that may be told between one another there
+TOGETHER = (2, 8, 16)  # stories of different worlds that are told between one another there
 
 Known = dict[str, tuple[str, int]]  # question: answer, number of the event that tells it
 
