@@ -283,7 +283,7 @@ def test_stories_that_are_told_between_one_another_share_no_name(monkeypatch):
         assert all(names) and sum(map(len, names)) == len(set().union(*names))
         assert sum(len(tokenizer.encode(text)) for text in texts) < 1.1 * 1024
         together.append(len(told))
-    assert {1, 2, 4} <= set(together) and max(together) > 4
+    assert min(together) <= 2 and max(together) > 10
 
 
 @pytest.mark.parametrize("of", ["stories", "pairs"])
