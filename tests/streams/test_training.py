@@ -474,6 +474,9 @@ def test_a_run_may_start_from_a_trained_model(tmp_path):
     assert other.config.store.capacity == 24 and other.config.fast_layers == (0,)
     assert len(MODEL["store_layers"]) == 1 and other.config.store_layers == (0, 1)
     assert all(torch.equal(other.state_dict()[n], weight) for n, weight in trained.items())
+    newer = {"start": str(tmp_path / "other" / "last"), "steps": 1}
+    with pytest.raises(Refused, match=r"model.store.newer is True there and False here"):
+        train(task(train=newer, model={**MODEL, "store_layers": [0, 1]}), tmp_path / "third")
     with pytest.raises(Refused, match=r"model.mlp_dim is 32 there and 48 here"):
         train(task(train=start, model={"mlp_dim": 48}), tmp_path / "third")
     assert not (tmp_path / "third").exists()
